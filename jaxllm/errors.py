@@ -1,0 +1,33 @@
+"""The one family of errors that jaxllm raises on purpose.
+
+Every message says what was asked, what was found, what is allowed and what to do. `JaxllmError` is what a caller
+catches; the command line prints its text on one line and exits with `exit_status`.
+"""
+
+
+class JaxllmError(Exception):
+    """Base of every error that jaxllm raises on purpose; `exit_status` is what the shell sees."""
+
+    exit_status = 1
+
+
+class UsageError(JaxllmError, ValueError):
+    """A request or an option that cannot be served as asked: the caller has to change it."""
+
+    exit_status = 2
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param  # the field at fault, for protocols that report it
+
+
+class CheckpointError(JaxllmError):
+    """A checkpoint that is missing, damaged, hostile, or not what its own files claim."""
+
+
+class UnsupportedError(JaxllmError):
+    """A model, container, kernel or feature that exists in the field and is not in jaxllm, refused by name."""
+
+
+class CapacityError(JaxllmError):
+    """Memory or a limit that cannot hold what was asked."""
