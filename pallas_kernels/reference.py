@@ -1,0 +1,200 @@
+"""The kernels in plain XLA: the oracle, the CPU's path, and the safety net on a GPU we have not met.
+
+The reduction tree, measured on XLA's CPU backend with jax 0.11.2 and 0.12.0 (tests/kernels/test_tree.py holds it):
+every float sum is written as a matrix product `x [T, K] . w [N, K]`, both contracted over their last axis. XLA gives
+that product to one library kernel whose order does not depend on T for T >= 2: in float32 an ascending chain of
+fused multiply-adds over chunks of 1024, the chunks added in ascending order. What does not keep its order there:
+  one row (T == 1), which XLA emits as a loop of its own;
+  w stored [K, N], for small T;
+  a `reduce`, which changes its tree at a few thousand elements. So norms and softmax sums are products with ones.
+Attention follows the split law: the context is cut at multiples of SPLIT, each split has its own (max, sum, acc),
+splits are merged in ascending order, and a split that a row does not see adds an exact zero.
+"""
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.ragged import Ragged
+
+SPLIT = 128        # tokens of context in one split; a multiple of every page size in use
+QUERY_TILE = 32    # query tokens of one sequence that share a gather of its pages
+CHAIN_CHUNK = 1024  # K covered by one chain of the product above, in float32
+MASKED = -1e30     # stands for -inf and keeps `max - max` finite
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def _precision(dtype) -> lax.Precision:
+    """float32 means float32: without this a GPU rounds the operands to TF32."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [T, K] . w [N, K] -> float32 [T, N], the same bits for a row whatever T."""
+    rows = x.shape[0]
+    if rows == 1:
+        x = jnp.concatenate([x, x])
+    out = lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=_precision(x.dtype),
+                          preferred_element_type=jnp.float32)
+    return out[:rows]
+
+
+def _product_of_one_row(x: jax.Array, w: jax.Array, chains: int = 4) -> jax.Array:
+    """The same bits as `_product` for x [1, K] in float32, streaming w once instead of packing it.
+
+    Rows of w are summed `chains` at a time, so that as many multiply-adds are in flight; one is bound by its latency.
+    """
+    n, k = w.shape
+    if n % chains:
+        return _product(x, w)
+    parts = []
+    for start in range(0, k, CHAIN_CHUNK):
+        block = w.reshape(chains, n // chains, k)[:, :, start:start + CHAIN_CHUNK]
+        row = x[0, start:start + CHAIN_CHUNK]
+        sums = lax.reduce(tuple(block[c] * row for c in range(chains)), (jnp.float32(0),) * chains,
+                          lambda a, b: tuple(p + q for p, q in zip(a, b)), (1,))
+        parts.append(jnp.concatenate(sums))
+    out = parts[0]
+    for part in parts[1:]:
+        out = out + part
+    return out[None]
+
+
+def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, out_dtype=None, stream_one_row=False) -> jax.Array:
+    """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32."""
+    product = _product_of_one_row if stream_one_row and x.shape[0] == 1 and x.dtype == jnp.float32 else _product
+    out = product(x, w)
+    if bias is not None:
+        out = out + bias.astype(jnp.float32)
+    return out.astype(out_dtype or x.dtype)
+
+
+def row_sum(x: jax.Array) -> jax.Array:
+    """float32 [..., K] summed over its last axis -> [...], in the order of a matrix product."""
+    ones = jnp.ones((8, x.shape[-1]), jnp.float32)
+    return _product(x.reshape(-1, x.shape[-1]), ones)[:, 0].reshape(x.shape[:-1])
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x [..., D] divided by its root mean square and scaled by weight [D], computed in float32, in x's dtype."""
+    wide = x.astype(jnp.float32)
+    mean_square = row_sum(wide * wide)[..., None] / x.shape[-1]
+    return (wide * lax.rsqrt(mean_square + eps) * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def log_sum_exp(x: jax.Array) -> jax.Array:
+    """log(sum(exp(x))) over the last axis of float32 x [..., V] -> [...]."""
+    top = x.max(-1)
+    return top + jnp.log(row_sum(jnp.exp(x - top[..., None])))
+
+
+def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, gate_bias=None, up_bias=None,
+              product=matmul) -> jax.Array:
+    """activation(x . gate) * (x . up) for x [T, D] and gate, up [F, D] -> [T, F]; rounded to x's dtype once."""
+    g = product(x, gate, gate_bias, out_dtype=jnp.float32)
+    u = product(x, up, up_bias, out_dtype=jnp.float32)
+    return (ACTIVATIONS[activation](g) * u).astype(x.dtype)
+
+
+def write_kv(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
+    """pages [num_pages, page_size, K, H] with each row [T, K, H] stored at its slot [T]; slots past the end are dropped."""
+    flat = pages.reshape(-1, *pages.shape[2:])
+    return flat.at[slots].set(rows.astype(pages.dtype), mode="drop").reshape(pages.shape)
+
+
+def _query_tiles(ragged: Ragged, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For each tile of queries: its token indices [n, Q] (out of range where empty), its sequence [n], and for each
+    token of the step its place [T] in the flattened tiles."""
+    start, count = ragged.query_start[:-1], jnp.diff(ragged.query_start)  # [S]
+    tiles_of = -(-count // QUERY_TILE)
+    first_tile = jnp.cumsum(tiles_of) - tiles_of
+    # sum(ceil(count / Q)) for counts that add up to at most `tokens`
+    num_tiles = (tokens + min(count.shape[0], tokens) * (QUERY_TILE - 1)) // QUERY_TILE
+    tile = jnp.arange(num_tiles)
+    owner = jnp.searchsorted(first_tile + tiles_of, tile, side="right").clip(0, count.shape[0] - 1)
+    offset = (tile - first_tile[owner])[:, None] * QUERY_TILE + jnp.arange(QUERY_TILE)
+    index = jnp.where((offset >= 0) & (offset < count[owner][:, None]), start[owner][:, None] + offset, tokens)
+    token = jnp.arange(tokens)
+    sequence = jnp.searchsorted(ragged.query_start[1:], token, side="right").clip(0, count.shape[0] - 1)
+    place = first_tile[sequence] * QUERY_TILE + token - start[sequence]
+    return index, owner, place
+
+
+def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragged, *, scale: float,
+              window: int | None = None, softcap: float | None = None, static_bound: bool = False) -> jax.Array:
+    """Causal attention of q [T, N, H] over the pages of each token's sequence -> [T, N, H] in q's dtype.
+
+    A token sees positions p with own - window < p <= own (window None: all up to its own). With `static_bound` the
+    loop runs over all pages of the tables, which makes it differentiable; the bits are the same, since a split that
+    no row sees adds an exact zero.
+    """
+    tokens, heads, width = q.shape
+    page_size, kv_heads = k_pages.shape[1], k_pages.shape[2]
+    group = heads // kv_heads
+    if ragged.query_start is None:
+        tiles, position, table = q[:, None], ragged.positions[:, None], ragged.block_tables
+    else:
+        index, owner, place = _query_tiles(ragged, tokens)
+        tiles = q.at[index].get(mode="fill", fill_value=0)
+        position = ragged.positions.at[index].get(mode="fill", fill_value=-1)
+        table = ragged.block_tables[owner]
+    n, per_tile = position.shape
+    rows = per_tile * group
+    # [n, K, Q * G, H]
+    tiles = tiles.reshape(n, per_tile, kv_heads, group, width).swapaxes(1, 2).reshape(n, kv_heads, rows, width)
+    row_position = jnp.repeat(position, group, axis=1)[:, None, :, None]  # [n, 1, Q * G, 1]
+
+    pages_per_split = SPLIT // page_size
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_per_split)))
+    num_splits = table.shape[1] // pages_per_split
+
+    def split_step(i, carry):
+        top, total, acc = carry
+        pages = lax.dynamic_slice_in_dim(table, i * pages_per_split, pages_per_split, 1)
+        k = k_pages[pages].reshape(n, SPLIT, kv_heads, width)
+        v = v_pages[pages].reshape(n, SPLIT, kv_heads, width)
+        score = jnp.einsum("nkmh,nlkh->nkml", tiles, k, precision=_precision(q.dtype),
+                           preferred_element_type=jnp.float32) * scale
+        if softcap is not None:
+            score = jnp.tanh(score / softcap) * softcap
+        seen_position = i * SPLIT + jnp.arange(SPLIT)
+        seen = seen_position <= row_position
+        if window is not None:
+            seen &= seen_position > row_position - window
+        score = jnp.where(seen, score, MASKED)
+        own_top = score.max(-1, keepdims=True)
+        p = jnp.where(seen, jnp.exp(score - own_top), 0.0)
+        own_total = row_sum(p)[..., None]
+        own_acc = jnp.einsum("nkml,nlkh->nkmh", p.astype(v.dtype), v, precision=_precision(v.dtype),
+                             preferred_element_type=jnp.float32)
+        new_top = jnp.maximum(top, own_top)
+        old, own = jnp.exp(top - new_top), jnp.exp(own_top - new_top)
+        return new_top, total * old + own_total * own, acc * old + own_acc * own
+
+    shape = (n, kv_heads, rows)
+    start = (jnp.full(shape + (1,), MASKED, jnp.float32), jnp.zeros(shape + (1,), jnp.float32),
+             jnp.zeros(shape + (width,), jnp.float32))
+    first, last = 0, num_splits
+    if not static_bound:
+        last = jnp.minimum(position.max() // SPLIT + 1, num_splits)
+        if window is not None:
+            lowest = jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max).min()
+            first = jnp.clip(lowest - window + 1, 0) // SPLIT
+            first = jnp.minimum(first, last)
+    _, total, acc = lax.fori_loop(first, last, split_step, start)
+    out = acc / jnp.where(total == 0, 1.0, total)  # an empty row is zero, not NaN
+    out = out.astype(q.dtype).reshape(n, kv_heads, per_tile, group, width).swapaxes(1, 2)
+    out = out.reshape(n * per_tile, heads, width)
+    return out if ragged.query_start is None else out[place]
+
+
+def attend(q, k, v, k_pages, v_pages, ragged: Ragged, **options):
+    """Attention of q [T, N, H] after k and v [T, K, H] are written to their slots -> (out, k_pages, v_pages)."""
+    k_pages = write_kv(k_pages, k, ragged.slots)
+    v_pages = write_kv(v_pages, v, ragged.slots)
+    return attention(q, k_pages, v_pages, ragged, **options), k_pages, v_pages
