@@ -1,0 +1,109 @@
+"""Names to lazy tensors, whatever the container: `open_checkpoint` is the only door that the rest of jaxllm uses.
+
+    with open_checkpoint("path/to/model") as checkpoint:
+        checkpoint["model.norm.weight"].numpy()
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from jaxllm.checkpoint.layout import Layout, find_layout, refuse_pointer
+from jaxllm.checkpoint.mapped import LazyTensor, MappedFile, brief
+from jaxllm.checkpoint.safetensors import read_safetensors
+from jaxllm.errors import CheckpointError, UnsupportedError
+
+__all__ = ["Checkpoint", "LazyTensor", "open_checkpoint"]
+
+log = logging.getLogger("jaxllm.checkpoint")
+
+
+class Checkpoint(Mapping[str, LazyTensor]):
+    """The tensors of one checkpoint by name, in file order; a context manager that owns the memory maps."""
+
+    def __init__(self, path: Path, layout: Layout, tensors: dict[str, LazyTensor], maps: tuple[MappedFile, ...]):
+        self.path = path
+        self.load_format = layout.load_format
+        self.files = layout.files
+        self._tensors = tensors
+        self._maps = maps
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def container(self) -> str:
+        """The container of its files, joined by "+" in the odd folder that mixes two."""
+        return "+".join(sorted({tensor.container for tensor in self._tensors.values()})) or self.load_format
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, those that share a storage counted each."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def close(self) -> None:
+        """None; arrays already read stay valid, tensors not read yet cannot be read any more."""
+        for mapped in self._maps:
+            mapped.close()
+
+
+def open_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Checkpoint:
+    """The checkpoint at `path`, its headers checked and none of its data read.
+
+    `path` is a folder in Hugging Face layout or one file. `load_format`: auto, safetensors, pt (.bin, .pt, .pth), npz
+    or orbax; auto takes the first of these that the folder holds. An index file decides which shards count. Raises
+    CheckpointError for what is missing or damaged, UnsupportedError for what jaxllm does not read, each by name.
+    """
+    path = Path(path).expanduser()
+    try:
+        layout = find_layout(path, load_format)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions") from error
+    tensors: dict[str, LazyTensor] = {}
+    maps: list[MappedFile] = []
+    for file in layout.files:
+        refuse_pointer(file)
+        mapped = MappedFile(file)
+        maps.append(mapped)
+        found = _read_file(layout.load_format, mapped)
+        if twice := next((name for name in found if name in tensors), None):
+            raise CheckpointError(
+                f"tensor {brief(twice)} is in {tensors[twice].file} and in {file}; one of them must go, or an index file must choose"
+            )
+        tensors.update(found)
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors; give a file or folder with weights")
+    if layout.index_file is not None:
+        _check_index(layout, tensors)
+    return Checkpoint(path, layout, tensors, tuple(maps))
+
+
+def _read_file(load_format: str, mapped: MappedFile) -> dict[str, LazyTensor]:
+    if load_format == "safetensors":
+        return read_safetensors(mapped)
+    raise UnsupportedError(f"{mapped.path}: load_format {load_format} is not readable yet; allowed is safetensors")
+
+
+def _check_index(layout: Layout, tensors: dict[str, LazyTensor]) -> None:
+    for name, shard in layout.weight_map.items():
+        if name not in tensors or tensors[name].file.name != shard:
+            where = f"in {tensors[name].file.name}" if name in tensors else "in none of the shards"
+            raise CheckpointError(
+                f"{layout.index_file} places tensor {brief(name)} in {shard}, and it is {where}; the index and the shards do not belong together"
+            )
+    unlisted = [name for name in tensors if name not in layout.weight_map]
+    if unlisted:
+        log.info("%s: %d tensors are in the shards and not in the index, the first is %s", layout.index_file, len(unlisted), unlisted[0])
