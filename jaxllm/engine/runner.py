@@ -1,0 +1,162 @@
+"""The device's side of the engine: weights, cache, and the compiled programs of a step.
+
+Three programs, each compiled once for each of few shapes: `forward` (tokens to logits, cache updated in place), `draw`
+(logits to tokens) and `score` (hidden states to the logprobs of given tokens). Drawing is a program of its own so that the
+host can read the last step's tokens, and build masks and penalties from them, while this step's forward runs.
+"""
+import contextlib
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.config import EngineConfig, ModelConfig
+from jaxllm.engine import batch as batches
+from jaxllm.engine import sampler
+from jaxllm.engine.batch import Batch
+from jaxllm.engine.sampler import Drawn, Features, SamplingInputs
+from jaxllm.engine.scheduler import Plan
+from jaxllm.models import decoder
+from pallas_kernels.dispatch import Kernels
+
+SCORE_ROWS = 64  # positions scored by one call of `score`: bounds its [rows, V] logits
+
+
+@contextlib.contextmanager
+def own_configuration():
+    """Inside, jax traces and compiles the same way whatever the user has configured; outside nothing has changed."""
+    with jax.enable_x64(False), jax.threefry_partitionable(True), jax.default_matmul_precision(None), \
+            jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.debug_nans(False):
+        yield
+
+
+@contextlib.contextmanager
+def compilation_cache(folder: Path | None):
+    """Inside, what jax compiles is kept in `folder` between processes; the user's own setting is back afterwards."""
+    if folder is None:
+        yield
+        return
+    from jax.experimental.compilation_cache import compilation_cache as cache
+    wanted = {"jax_compilation_cache_dir": str(folder), "jax_enable_compilation_cache": True,
+              "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+    before = {name: getattr(jax.config, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        cache.reset_cache()  # jax opens its cache once; the next compilation opens this one
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        cache.reset_cache()
+
+
+def forward(params, cache, last_token, batch: Batch, *, cfg: ModelConfig, kernels: Kernels):
+    """Hidden states [T, D], logits float32 [S, V] of each sequence's last token, and the cache with the step written."""
+    tokens = jnp.where(batch.sources >= 0, last_token[batch.sources], batch.tokens)
+    hidden, cache = decoder.forward(cfg, params, cache, tokens, batch.ragged, kernels=kernels)
+    last = hidden if batch.rows is None else hidden[batch.rows]
+    return hidden, decoder.unembed(cfg, params, last, kernels=kernels), cache
+
+
+def score(params, hidden, rows, targets, *, cfg: ModelConfig, kernels: Kernels, top: int) -> Drawn:
+    """The logprobs of `targets` [R] at the hidden states [T, D] of `rows` [R]."""
+    logits = decoder.unembed(cfg, params, hidden[rows], kernels=kernels)
+    return sampler.report(logits, targets, top, kernels)
+
+
+@dataclasses.dataclass
+class Step:
+    """A step on its way: device arrays that are not read yet."""
+
+    plan: Plan
+    hidden: jax.Array
+    logits: jax.Array
+    drawn: Drawn | None = None
+    features: Features | None = None
+    scored: list[tuple[int, int, int, Drawn]] = dataclasses.field(default_factory=list)  # (work, position, rows, logprobs)
+
+
+class Runner:
+    """Holds weights and cache on the device and runs steps in order. Not thread-safe: one engine owns it."""
+
+    def __init__(self, cfg: ModelConfig, params, config: EngineConfig, kernels: Kernels, compile_cache_dir: Path | None = None):
+        self.cfg, self.params, self.config, self.kernels = cfg, params, config, kernels
+        self._cache_dir, self._compiled = compile_cache_dir, set()
+        dtype = params.embedding.dtype
+        self.cache = decoder.empty_cache(cfg, config.num_pages, config.page_size, dtype)
+        self.last_token = jnp.zeros(config.max_num_seqs, jnp.int32)
+        self._forward = jax.jit(partial(forward, cfg=cfg, kernels=kernels), donate_argnames="cache")
+        self._draw = jax.jit(partial(sampler.sample, kernels=kernels), static_argnames="features", donate_argnames="last_token")
+        self._score = jax.jit(partial(score, cfg=cfg, kernels=kernels), static_argnames="top")
+
+    def forward(self, plan: Plan) -> Step:
+        """The step, dispatched; nothing is waited for."""
+        batch = batches.build(plan, self.config)
+        with self._configured("forward", batch.tokens.shape, plan.decode):
+            hidden, logits, self.cache = self._forward(self.params, self.cache, self.last_token, batch)
+            step = Step(plan, hidden, logits)
+            self._score_prompts(step)
+            return step
+
+    def draw(self, step: Step) -> None:
+        """The tokens of the step's sequences, dispatched."""
+        inputs, step.features = batches.sampling_inputs(step.plan.work, step.logits.shape[0], self.cfg.vocab_size, self.config)
+        with self._configured("draw", step.logits.shape, step.features):
+            step.drawn, self.last_token = self._draw(step.logits, self.last_token, inputs, features=step.features)
+        for leaf in jax.tree.leaves(step.drawn):
+            leaf.copy_to_host_async()
+
+    def read(self, step: Step) -> tuple[Drawn, list[tuple[int, int, int, Drawn]]]:
+        """What the step drew and scored, as numpy, waited for."""
+        return jax.tree.map(np.asarray, step.drawn), [(*at, jax.tree.map(np.asarray, d)) for *at, d in step.scored]
+
+    def _score_prompts(self, step: Step) -> None:
+        """Scores each prompt token that the step's positions predict, for the requests that want prompt_logprobs."""
+        at = 0
+        for i, work in enumerate(step.plan.work):
+            request = work.sequence.request
+            wanted = request.params.prompt_logprobs
+            if wanted is not None:
+                top = batches._top_shape(wanted, self.cfg.vocab_size, self.config)
+                targets = request.prompt[work.start + 1:work.start + work.count + 1]
+                for first in range(0, len(targets), SCORE_ROWS):
+                    part = targets[first:first + SCORE_ROWS]
+                    rows, ids = np.full(SCORE_ROWS, at, np.int32), np.zeros(SCORE_ROWS, np.int32)
+                    rows[:len(part)] = at + first + np.arange(len(part))
+                    ids[:len(part)] = part
+                    step.scored.append((i, work.start + first, len(part), self._score(self.params, step.hidden, rows, ids, top=top)))
+            at += work.count
+
+    @contextlib.contextmanager
+    def _configured(self, *program):
+        """jax's configuration for running `program`, with the compilation cache at hand if it has not been compiled yet."""
+        with own_configuration(), contextlib.nullcontext() if program in self._compiled else compilation_cache(self._cache_dir):
+            yield
+        self._compiled.add(program)
+
+    def warmup(self) -> int:
+        """Compiles forward and greedy and random draws for every shape, on padding alone; the number of programs."""
+        empty = Plan(())
+        shapes = [(n, True) for n in batches.decode_buckets(self.config)] + [(n, False) for n in batches.prefill_buckets(self.config)]
+        for tokens, decode in shapes:
+            batch = batches.padding(tokens, decode, self.config)
+            with self._configured("forward", batch.tokens.shape, decode):
+                _, logits, self.cache = self._forward(self.params, self.cache, self.last_token, batch)
+            for features in (Features(), Features(random=True), Features(random=True, truncated=True)):
+                inputs, _ = batches.sampling_inputs(empty.work, logits.shape[0], self.cfg.vocab_size, self.config)
+                with self._configured("draw", logits.shape, features):
+                    drawn, self.last_token = self._draw(logits, self.last_token, inputs, features=features)
+        jax.block_until_ready(drawn)
+        return sum(self.compiled_programs().values())
+
+    def compiled_programs(self) -> dict[str, int]:
+        """How many programs each of the three has been compiled to."""
+        return {"forward": self._forward._cache_size(), "draw": self._draw._cache_size(), "score": self._score._cache_size()}
+
+    def close(self) -> None:
+        """Gives the device memory of cache and weights back."""
+        self.params = self.cache = self.last_token = None

@@ -1,0 +1,154 @@
+"""Logits to tokens: the edits in vLLM's order, the draw with explicit keys, and the model's own logprobs.
+
+Nothing is sorted. top_k and top_p keep the tokens above a threshold that is found by bisection over the 32 bits of a
+float: a count is exact, and a sum of probabilities has the fixed tree of `kernels.row_sum`, so the kept set of a row depends
+on that row alone. Tokens tied at the threshold are kept together.
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.engine import keys
+from pallas_kernels.dispatch import Kernels
+
+BANNED = -jnp.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What the rows of a step need; static, so that a greedy step does not pay for what it does not use."""
+
+    random: bool = False
+    truncated: bool = False     # top_k, top_p or min_p
+    edits: int = 0              # width U of the table of edits, 0: none
+    masked: bool = False        # allowed_token_ids
+    top_logprobs: int | None = None  # None: no logprobs; 0: the drawn token's; more: the likeliest as well
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class SamplingInputs:
+    """What each row of logits is sampled with. S rows; U entries in a row's table of edits, padded with id V."""
+
+    slots: jax.Array               # [S] int32, row of last_token that takes the drawn token; past the end: dropped
+    seeds: jax.Array               # [S, 2] uint32
+    choices: jax.Array             # [S] int32
+    positions: jax.Array           # [S] int32, index of the drawn token in its sequence
+    temperature: jax.Array         # [S] float32, 0: greedy
+    top_k: jax.Array               # [S] int32, V: off
+    top_p: jax.Array               # [S] float32, 1: off
+    min_p: jax.Array               # [S] float32, 0: off
+    repetition: jax.Array          # [S] float32, 1: off
+    presence: jax.Array            # [S] float32, 0: off
+    frequency: jax.Array           # [S] float32, 0: off
+    edit_ids: jax.Array | None     # [S, U] int32, distinct in a row
+    edit_bias: jax.Array | None    # [S, U] float32, added to the logit; -inf: banned
+    edit_count: jax.Array | None   # [S, U] int32, times the id stands in the output
+    edit_seen: jax.Array | None    # [S, U] bool, the id stands in prompt or output
+    mask: jax.Array | None         # [S, ceil(V / 32)] uint32, bit set: allowed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Drawn:
+    """What a step drew. With logprobs off the last four are None."""
+
+    tokens: jax.Array              # [S] int32
+    logprobs: jax.Array | None     # [S] float32
+    ranks: jax.Array | None        # [S] int32
+    top_ids: jax.Array | None      # [S, top_logprobs] int32
+    top_logprobs: jax.Array | None  # [S, top_logprobs] float32
+
+
+def sample(logits: jax.Array, last_token: jax.Array, inputs: SamplingInputs, *, features: Features,
+           kernels: Kernels) -> tuple[Drawn, jax.Array]:
+    """The drawn tokens of logits float32 [S, V], and last_token [max_num_seqs] with them written at their slots."""
+    edited = logits
+    if features.masked:
+        edited = jnp.where(unpack_mask(inputs.mask, logits.shape[-1]), edited, BANNED)
+    if features.edits:
+        edited = apply_edits(edited, inputs)
+    token = edited.argmax(-1).astype(jnp.int32)
+    if features.random:
+        scaled = edited / jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)[:, None]
+        if features.truncated:
+            scaled = truncate(scaled, inputs.top_k, inputs.top_p, inputs.min_p, kernels)
+        noise = keys.gumbel(keys.draw_keys(inputs.seeds, inputs.choices, inputs.positions), logits.shape[-1])
+        token = jnp.where(inputs.temperature > 0, (scaled + noise).argmax(-1).astype(jnp.int32), token)
+    drawn = report(logits, token, features.top_logprobs, kernels)
+    return drawn, last_token.at[inputs.slots].set(token, mode="drop")
+
+
+def report(logits: jax.Array, tokens: jax.Array, top: int | None, kernels: Kernels) -> Drawn:
+    """The model's logprobs of `tokens` [S] under logits [S, V], their ranks, and the `top` likeliest."""
+    if top is None:
+        return Drawn(tokens, None, None, None, None)
+    norm = kernels.log_sum_exp(logits)
+    own = jnp.take_along_axis(logits, tokens[:, None], 1)
+    ranks = (logits > own).sum(-1, dtype=jnp.int32) + 1
+    top_logits, top_ids = lax.top_k(logits, top)
+    return Drawn(tokens, own[:, 0] - norm, ranks, top_ids, top_logits - norm[:, None])
+
+
+def unpack_mask(mask: jax.Array, vocab: int) -> jax.Array:
+    """bool [S, vocab] of packed uint32 [S, ceil(vocab / 32)], lowest bit first."""
+    bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(mask.shape[0], -1)[:, :vocab].astype(bool)
+
+
+def apply_edits(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """logits [S, V] with bias, then repetition, frequency and presence penalties, at the ids of the table."""
+    value = jnp.take_along_axis(logits, inputs.edit_ids, 1, mode="fill", fill_value=0) + inputs.edit_bias
+    repetition = inputs.repetition[:, None]
+    penalised = jnp.where(value > 0, value / repetition, value * repetition)
+    value = jnp.where(inputs.edit_seen, penalised, value)
+    value = value - inputs.frequency[:, None] * inputs.edit_count
+    value = value - inputs.presence[:, None] * (inputs.edit_count > 0)
+    row = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[row, inputs.edit_ids].set(value, mode="drop", unique_indices=True)
+
+
+def truncate(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, kernels: Kernels) -> jax.Array:
+    """scaled [S, V] with the tokens outside min_p, then top_k, then top_p of what is left, set to -inf."""
+    top = scaled.max(-1, keepdims=True)
+    scaled = jnp.where(scaled - top >= jnp.log(min_p)[:, None], scaled, BANNED)
+    order = sortable(scaled)
+    weight = jnp.exp(scaled - top)
+
+    def kept(threshold):
+        return order >= threshold[:, None]
+
+    def count_enough(threshold):
+        return kept(threshold).sum(-1, dtype=jnp.int32) >= top_k
+
+    by_count = highest(count_enough, top_k)
+    left = jnp.where(kept(by_count), weight, 0.0)
+    needed = top_p * kernels.row_sum(left)
+
+    def mass_enough(threshold):
+        return kernels.row_sum(jnp.where(kept(threshold), left, 0.0)) >= needed
+
+    threshold = jnp.maximum(by_count, highest(mass_enough, top_k))
+    return jnp.where(kept(threshold), scaled, BANNED)
+
+
+def sortable(x: jax.Array) -> jax.Array:
+    """int32 that compare as the floats x do."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def highest(enough, like: jax.Array) -> jax.Array:
+    """The highest int32 [S] at which the falling predicate `enough` still holds, by bisection; the lowest if nowhere."""
+    low = jnp.full_like(like, jnp.iinfo(jnp.int32).min)   # holds, or nothing does
+    high = jnp.full_like(like, jnp.iinfo(jnp.int32).max)  # above every float's order
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        holds = enough(middle)
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    return lax.fori_loop(0, 32, halve, (low, high))[0]

@@ -1,0 +1,72 @@
+"""`system_fingerprint`: equal fingerprints promise equal bits, and its parts say what differs."""
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import jax
+import numpy as np
+
+
+def package_version() -> str:
+    """The version of the installed jaxllm."""
+    try:
+        return version("jaxllm")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0+unknown"
+
+
+def content_hash(files: Iterable[Path], cache: Path | None = None) -> str:
+    """A hash of the files' contents. With `cache`, a JSON file, an unchanged file (size and time) is not read again."""
+    known = _read_cache(cache)
+    out = hashlib.blake2b(digest_size=16)
+    changed = False
+    for file in sorted(files, key=lambda f: f.name):
+        stat = file.stat()
+        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        if key not in known:
+            with file.open("rb") as stream:
+                known[key] = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            changed = True
+        out.update(f"{file.name}:{known[key]}\n".encode())
+    if changed and cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part = cache.with_suffix(".part")
+        part.write_text(json.dumps(known))
+        part.replace(cache)
+    return out.hexdigest()
+
+
+def _read_cache(cache: Path | None) -> dict:
+    try:
+        known = json.loads(cache.read_text()) if cache is not None and cache.is_file() else {}
+    except (OSError, ValueError):
+        return {}  # a damaged cache costs one more read of the weights
+    return known if isinstance(known, dict) else {}
+
+
+def params_hash(params) -> str:
+    """A hash of the weights themselves, for those that came from no file."""
+    out = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        out.update(f"{jax.tree_util.keystr(path)}:{leaf.dtype}:{leaf.shape}".encode())
+        out.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return out.hexdigest()
+
+
+def parts(*, dtype: str, kernels: str, weights: str, tokenizer: str, model: str) -> dict[str, str]:
+    """Everything that equal bits depend on, by name."""
+    devices = jax.devices()
+    return {
+        "jaxllm": package_version(), "jax": jax.__version__, "jaxlib": version("jaxlib"),
+        "platform": devices[0].platform, "device": devices[0].device_kind, "devices": "1",
+        "dtype": dtype, "matmul_precision": "float32 accumulation, no TF32", "kernels": kernels,
+        "model": model, "weights": weights, "tokenizer": tokenizer,
+    }
+
+
+def fingerprint(named: dict[str, str]) -> str:
+    """The short form of `parts`: jaxllm-<version>-<12 hex digits>."""
+    digest = hashlib.blake2b(json.dumps(named, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return f"jaxllm-{named['jaxllm']}-{digest}"

@@ -1,0 +1,348 @@
+"""The front door in Python: `LLM(model).generate(prompts, sampling_params)`.
+
+    from jaxllm import LLM, SamplingParams
+    llm = LLM("builtin:tales")
+    print(llm.generate("Once upon a time", SamplingParams(max_tokens=50))[0].outputs[0].text)
+"""
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import jax
+
+from jaxllm import fingerprint as fingerprints
+from jaxllm.config import EngineConfig
+from jaxllm.engine.cache import cache_bytes, plan_cache
+from jaxllm.engine.engine import Engine
+from jaxllm.engine.request import Request, TokenEvent, TokenLogprobs, derived_seed
+from jaxllm.engine.runner import Runner
+from jaxllm.errors import UsageError
+from jaxllm.loading import load_model
+from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxllm.sampling_params import SamplingParams
+from jaxllm.text.stream import TextStream
+from jaxllm.text.tokenizer import load_tokenizer
+from pallas_kernels import dispatch
+
+log = logging.getLogger("jaxllm")
+
+Prompt = str | dict | Sequence[int]
+OnDelta = Callable[[RequestOutput, int, str], None]  # (the request so far, choice, new text)
+
+DEFAULTS = {"cpu": {"max_num_seqs": 64, "max_num_batched_tokens": 512}, "gpu": {"max_num_seqs": 256, "max_num_batched_tokens": 8192}}
+
+
+@dataclasses.dataclass
+class _Live:
+    """A request on its way: its output as the caller will see it, and the text of each choice."""
+
+    request: Request
+    output: RequestOutput
+    streams: list[TextStream | None]
+
+
+class LLM:
+    """A model, its tokenizer and an engine. Use it from one thread; `close` or leaving a `with` block frees the device.
+
+    model: a folder in Hugging Face layout, a Hugging Face id, or "builtin:tales". dtype "auto" is the checkpoint's own.
+    max_model_len None: the model's, or what the cache holds. kv_cache_memory_bytes None: 1 GiB on a CPU, on a GPU what
+    gpu_memory_utilization leaves. compile_cache_dir: where compiled programs are kept between processes; None: nowhere, unless
+    JAX itself is configured to. The user's random state and JAX configuration are left as they are.
+    """
+
+    def __init__(self, model: str, *, dtype: str = "auto", seed: int = 0, max_model_len: int | None = None,
+                 max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None, enable_prefix_caching: bool = True,
+                 kv_cache_memory_bytes: int | None = None, gpu_memory_utilization: float = 0.9, load_format: str = "auto",
+                 pt_load_map_location="cpu", tokenizer: str | None = None, skip_tokenizer_init: bool = False,
+                 hf_overrides: dict | None = None, page_size: int = 16, max_logprobs: int = 20, kernels: str = "auto",
+                 compile_cache_dir: str | Path | None = None):
+        _check_options(seed=seed, max_model_len=max_model_len, max_num_seqs=max_num_seqs, page_size=page_size,
+                       max_num_batched_tokens=max_num_batched_tokens, gpu_memory_utilization=gpu_memory_utilization,
+                       kv_cache_memory_bytes=kv_cache_memory_bytes, max_logprobs=max_logprobs)
+        self.model = str(model)
+        self._loaded = load_model(self.model, dtype=dtype, load_format=load_format, hf_overrides=hf_overrides,
+                                  max_model_len=max_model_len, seed=seed, pt_load_map_location=pt_load_map_location)
+        cfg, params = self._loaded.cfg, self._loaded.params
+        self.tokenizer = None if skip_tokenizer_init else load_tokenizer(tokenizer or self._loaded.path)
+        device = jax.devices()[0]
+        defaults = DEFAULTS.get(device.platform, DEFAULTS["gpu"])
+        seqs = max_num_seqs or defaults["max_num_seqs"]
+        weight = params.embedding.dtype
+        num_pages, length = plan_cache(
+            cfg, weight.itemsize, kv_cache_memory_bytes or cache_bytes(device, gpu_memory_utilization),
+            max_model_len=max_model_len, max_num_seqs=seqs, page_size=page_size)
+        if max_model_len is None and length < cfg.max_position:
+            log.warning("max_model_len is %d: the KV cache holds no more (the model allows %d)", length, cfg.max_position)
+        self.config = EngineConfig(
+            max_model_len=length, max_num_seqs=seqs, num_pages=num_pages, page_size=page_size, seed=seed,
+            max_num_batched_tokens=max(max_num_batched_tokens or defaults["max_num_batched_tokens"], seqs),
+            enable_prefix_caching=enable_prefix_caching, max_logprobs=max_logprobs)
+        self.kernels = dispatch.choose(device.platform, getattr(device, "compute_capability", None), cfg.head_dim, weight,
+                                       page_size, want=kernels)
+        self._cache_dir = Path(compile_cache_dir).expanduser() if compile_cache_dir else None
+        self._runner = Runner(cfg, params, self.config, self.kernels, compile_cache_dir=self._cache_dir)
+        self._engine = Engine(self._runner, self.config)
+        self._replaced = False
+        self._calls = itertools.count()
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def model_config(self):
+        """The model as data: a jaxllm.config.ModelConfig."""
+        return self._loaded.cfg
+
+    @property
+    def params(self):
+        """The weights, the pytree that `jaxllm.models.decoder.forward` takes."""
+        return self._runner.params
+
+    def get_tokenizer(self):
+        """The tokenizer; raises UsageError when it was left out."""
+        if self.tokenizer is None:
+            raise UsageError("this LLM was made with skip_tokenizer_init=True; give prompt_token_ids and detokenize=False", "prompt")
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json asks for; SamplingParams() where it is silent."""
+        given = self._loaded.generation_config
+        known = {k: given[k] for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if given.get(k) is not None}
+        if given.get("do_sample") is False:
+            known |= {"temperature": 0.0}
+        if given.get("max_new_tokens"):
+            known["max_tokens"] = given["max_new_tokens"]
+        return SamplingParams(**known)
+
+    @cached_property
+    def fingerprint_parts(self) -> dict[str, str]:
+        """What equal bits depend on, by name: versions, device, dtype, kernels, weights, tokenizer."""
+        if self._loaded.files and not self._replaced:
+            weights = fingerprints.content_hash(self._loaded.files, self._cache_dir and self._cache_dir / "weights.json")
+        else:
+            weights = fingerprints.params_hash(self.params)
+        cfg = hash_of_config(self.model_config)
+        return fingerprints.parts(dtype=str(self.params.embedding.dtype), kernels=self.kernels.name, weights=weights, model=cfg,
+                                  tokenizer=self.tokenizer.fingerprint() if self.tokenizer else "none")
+
+    @property
+    def system_fingerprint(self) -> str:
+        """Equal fingerprints promise equal bits."""
+        return fingerprints.fingerprint(self.fingerprint_parts)
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+                 *, use_tqdm: bool = False, on_delta: OnDelta | None = None) -> list[RequestOutput]:
+        """One RequestOutput for each prompt, in the order given.
+
+        A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids}, or a list of these; sampling_params is one for all, one
+        for each, or None for the model's own. on_delta is called with each piece of new text as it comes. use_tqdm shows
+        progress on stderr. Raises UsageError before any work if one of the prompts cannot run.
+        """
+        return self._run(self._prompts(prompts), sampling_params, use_tqdm, on_delta)
+
+    def chat(self, messages: Sequence[dict] | Sequence[Sequence[dict]], sampling_params=None, *, use_tqdm: bool = False,
+             on_delta: OnDelta | None = None, chat_template: str | None = None, add_generation_prompt: bool = True,
+             continue_final_message: bool = False, tools: list[dict] | None = None,
+             chat_template_kwargs: dict | None = None) -> list[RequestOutput]:
+        """One RequestOutput for each conversation; `messages` is one list of {"role", "content"} or a list of such lists."""
+        if not messages:
+            raise UsageError("messages is empty; give at least one message", "messages")
+        conversations = [messages] if isinstance(messages[0], dict) else messages
+        prompts = [(None, self.get_tokenizer().apply_chat(
+            m, chat_template=chat_template, add_generation_prompt=add_generation_prompt, tools=tools,
+            continue_final_message=continue_final_message, **(chat_template_kwargs or {}))) for m in conversations]
+        return self._run(prompts, sampling_params, use_tqdm, on_delta)
+
+    def _prompts(self, prompts) -> list[tuple[str | None, list[int]]]:
+        single = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        return [self._prompt(p) for p in ([prompts] if single else prompts)]
+
+    def _prompt(self, prompt) -> tuple[str | None, list[int]]:
+        """(text, token ids) of a prompt in any of its forms."""
+        if isinstance(prompt, dict):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or not prompt:
+                raise UsageError(f"a prompt has the keys {sorted(prompt)}; it must have 'prompt' or 'prompt_token_ids'", "prompt")
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        else:
+            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        if ids is None:
+            if not isinstance(text, str):
+                raise UsageError(f"a prompt is a {type(text).__name__}; it must be a text or a list of token ids", "prompt")
+            ids = self.get_tokenizer().encode(text)
+        vocab = self.model_config.vocab_size
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+                raise UsageError(f"prompt_token_ids holds {token!r}; the model's tokens are 0 to {vocab - 1}", "prompt")
+        return text, list(ids)
+
+    def _request(self, id_: str, identity: str, ids: list[int], params: SamplingParams) -> Request:
+        cfg = self.model_config
+        params.check_against(cfg.vocab_size, self.config.max_logprobs)
+        if params.detokenize and self.tokenizer is None:
+            params = dataclasses.replace(params, detokenize=False)
+        longest = self.config.max_model_len
+        eos = () if params.ignore_eos else cfg.eos_token_ids
+        if not params.ignore_eos and not eos and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            eos = (self.tokenizer.eos_token_id,)
+        return Request(
+            id_, tuple(ids), params, params.seed if params.seed is not None else derived_seed(self.config.seed, identity),
+            max_total=longest if params.max_tokens is None else min(longest, len(ids) + params.max_tokens),
+            stop_ids=frozenset(eos) | frozenset(params.stop_token_ids),
+            banned=tuple(self._bad_words(params.bad_words)) if params.bad_words else ())
+
+    def _bad_words(self, words) -> Iterator[tuple[int, ...]]:
+        """The token sequences of bad words, as they stand at the start of a text and after a space."""
+        tokenizer = self.get_tokenizer()
+        for word in words:
+            plain = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
+            spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+            if plain:
+                yield plain
+            if spaced and spaced != plain:
+                yield spaced
+
+    def _run(self, prompts, sampling_params, use_tqdm, on_delta) -> list[RequestOutput]:
+        params = self._params(sampling_params, len(prompts))
+        call = next(self._calls)
+        lives: dict[str, _Live] = {}
+        for index, ((text, ids), p) in enumerate(zip(prompts, params, strict=True)):
+            request = self._request(f"{call}-{index}", str(index), ids, p)
+            self._engine.check(request)
+            lives[request.id] = self._live(request, text)
+        order = list(lives.values())
+        for live in order:
+            self._engine.add(live.request)
+        show = _progress(len(order)) if use_tqdm and order else None
+        try:
+            while lives:
+                for event in self._engine.step():
+                    live = lives.get(event.request_id)
+                    if live is None:
+                        continue
+                    delta = self._take(live, event)
+                    if on_delta is not None:
+                        on_delta(live.output, event.choice, delta)
+                    if show is not None:
+                        show.token(event)
+                    if all(o.finished() for o in live.output.outputs):
+                        live.output.finished = True
+                        del lives[event.request_id]
+                        if show is not None:
+                            show.request()
+        finally:
+            for request_id in lives:  # interrupted: nothing of this call stays behind
+                self._engine.abort(request_id)
+            if show is not None:
+                show.close()
+        fingerprint = self.system_fingerprint
+        for live in order:
+            live.output.system_fingerprint = fingerprint
+        return [live.output for live in order]
+
+    def _params(self, given, count: int) -> list[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise UsageError(f"{count} prompts and {len(given)} sampling_params; give one for all or one for each", "sampling_params")
+        return list(given)
+
+    def _live(self, request: Request, text: str | None) -> _Live:
+        p = request.params
+        outputs = [CompletionOutput(i, "", [], 0.0 if p.logprobs is not None else None, [] if p.logprobs is not None else None)
+                   for i in range(p.n)]
+        streams = [TextStream(self.tokenizer, request.prompt, stop=p.stop, include_stop_str_in_output=p.include_stop_str_in_output,
+                              skip_special_tokens=p.skip_special_tokens,
+                              spaces_between_special_tokens=p.spaces_between_special_tokens, min_tokens=p.min_tokens)
+                   if p.detokenize else None
+                   for _ in range(p.n)]
+        return _Live(request, RequestOutput(request.id, text, list(request.prompt), outputs, False, request.seed), streams)
+
+    def _take(self, live: _Live, event: TokenEvent) -> str:
+        """Folds an event into the request's output; the new text."""
+        out, stream = live.output.outputs[event.choice], live.streams[event.choice]
+        if out.finished():
+            return ""
+        out.token_ids.append(event.token)
+        if event.logprobs is not None:
+            out.cumulative_logprob += event.logprobs.logprob
+            out.logprobs.append(self._logprobs(event.token, event.logprobs))
+        if event.prompt_logprobs is not None:
+            live.output.prompt_logprobs = [None] + [
+                self._logprobs(token, lp) for token, lp in zip(live.request.prompt[1:], event.prompt_logprobs, strict=True)]
+        live.output.num_cached_tokens = max(live.output.num_cached_tokens, event.cached_tokens)
+        delta = ""
+        if event.finish_reason is not None:
+            out.finish_reason, out.stop_reason = str(event.finish_reason), event.stop_reason
+        if stream is not None:
+            ended_by_token = event.finish_reason == "stop" and not live.request.params.include_stop_str_in_output
+            delta = stream.push([] if ended_by_token else [event.token], final=event.finish_reason is not None)
+            out.text = stream.text
+            if stream.stopped_by is not None:
+                if event.finish_reason is None:
+                    self._engine.stop(live.request.id, event.choice)
+                out.finish_reason, out.stop_reason = "stop", stream.stopped_by
+        return delta
+
+    def _logprobs(self, token: int, lp: TokenLogprobs) -> dict[int, Logprob]:
+        text = self.tokenizer.token_text if self.tokenizer is not None else lambda _: None
+        table = {token: Logprob(lp.logprob, lp.rank, text(token))}
+        for rank, (other, logprob) in enumerate(lp.top, 1):
+            if other != token:
+                table[other] = Logprob(logprob, rank, text(other))
+        return table
+
+    # -- housekeeping -----------------------------------------------------------------------------------------------
+
+    def reset_prefix_cache(self) -> None:
+        """Later requests compute their prompts afresh."""
+        self._engine.reset_prefix_cache()
+
+    def warmup(self) -> int:
+        """Compiles the programs of every step shape; the number of programs there are now."""
+        return self._runner.warmup()
+
+    def close(self) -> None:
+        """Frees the device memory of weights and cache. The LLM cannot be used afterwards; closing twice is fine."""
+        self._runner.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+def hash_of_config(cfg) -> str:
+    """A short hash of a frozen config: the shape of the model as the engine sees it."""
+    import hashlib
+    return hashlib.blake2b(repr(cfg).encode(), digest_size=8).hexdigest()
+
+
+def _check_options(**options) -> None:
+    for name, value in options.items():
+        if value is None:
+            continue
+        real = name == "gpu_memory_utilization"
+        if isinstance(value, bool) or not isinstance(value, (int, float) if real else int):
+            raise UsageError(f"{name}={value!r}; it must be {'a number' if real else 'an integer'}", name)
+    if not 0 < options["gpu_memory_utilization"] <= 1:
+        raise UsageError(f"gpu_memory_utilization={options['gpu_memory_utilization']}; it must be more than 0 and at most 1", "gpu_memory_utilization")
+    if not -2**63 <= options["seed"] < 2**63:
+        raise UsageError(f"seed={options['seed']}; it must fit in 64 bits", "seed")
+    if options["page_size"] not in (16, 32, 64, 128):
+        raise UsageError(f"page_size={options['page_size']}; it must be 16, 32, 64 or 128", "page_size")
+    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+        if options[name] is not None and options[name] < 1:
+            raise UsageError(f"{name}={options[name]}; it must be at least 1", name)
+
+
+def _progress(requests: int):
+    from jaxllm.progress import Progress
+    return Progress(requests)
