@@ -1,0 +1,269 @@
+r"""Matrix products on Hopper: x [M, K] . w [N, K], one reduction tree for every M.
+
+The tree. K is cut in chunks of `chunk_length(K)`. A chunk is summed by wgmma m64n128k16 into a float32 accumulator that
+starts from zero, K ascending; the chunks' sums are added in ascending order; then the bias. Every M uses the same
+instruction on the same 64 rows x 128 columns x 16 of K, so a row's bits depend neither on M, nor on its place, nor on
+which of the two schedules ran:
+
+    K      |--- chunk 0 ---|--- chunk 1 ---|--- chunk 2 ---|
+    in turn   acc, total=acc  acc, total+=acc acc, total+=acc     one block does a tile's chunks one after another
+    split     acc -> part[0]  acc -> part[1]  acc -> part[2]      different blocks; then part[0] + part[1] + part[2]
+
+`split` fills the card when a step has few rows: its partial sums go to device memory in float32 and XLA adds them, which
+it can fuse with what comes next. Additions are exact in the sense that matters: XLA does not reorder them.
+
+Grid and memory. A persistent grid of one block per SM walks a list of (column tile, row tile[, chunk]) items, row tile
+fastest so that neighbours share weights in L2. A block has `groups` computing warpgroups, one for each 64 rows, and one
+that only starts TMA copies:
+
+    device   x [M, K]          w [N, K]
+               | TMA             | TMA          rows and K past the end read as zeros
+    shared   x_smem[stage]     w_smem[stage]    (64 * groups + 128) x 64 x 2 bytes a stage, `stages` in flight
+               \__ wgmma ______/   full[stage]: both copies landed;  free[stage]: every group is done with it
+    registers  acc, total      64 x 128 float32 each: 64 + 64 registers a thread
+    shared   out_smem[group]   TMA store, which drops rows and columns past the end
+    device   out [M, N]
+
+`gated`: the tile of x . up is computed first and waits in shared memory, in float32, for the tile of x . gate; the
+activation is applied to registers and the product is rounded once. It is never split, so that one piece of code
+computes the activation for every M.
+"""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plmgpu
+
+from pallas_kernels import compat
+from pallas_kernels.reference import ACTIVATIONS as REFERENCE_ACTIVATIONS
+
+ROWS = 64       # rows of one wgmma
+TILE_N = 128    # columns of one wgmma: m64n128k16, the only shape used
+SMS = 132       # of an H100 or H200 (SXM): the persistent grid's width, and no part of the tree
+TILE_K = 64     # K of one pipeline stage: 128 bytes, the widest swizzle
+
+
+# On float32 in registers; written out because 0.11.2 lowers no custom_jvp_call, and neither version lowers erfc.
+ACTIVATIONS = {
+    "silu": lambda x: x / (1.0 + jnp.exp(-x)),
+    "gelu_tanh": lambda x: 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x)))),
+    "relu": lambda x: jnp.maximum(x, 0.0),
+}
+
+
+def chunk_length(k: int) -> int:
+    """K summed by one accumulator before it is added to the others; K alone decides, never the batch."""
+    return 1024 if k >= 2048 else 256
+
+
+def _tiled(shape, dtype):
+    """A shared-memory type in the tiles that wgmma and TMA exchange: 8 rows of 128 bytes."""
+    elements = 128 // jnp.dtype(dtype).itemsize
+    return plmgpu.SMEM(shape, dtype, transforms=(plmgpu.TilingTransform((8, elements)), plmgpu.SwizzleTransform(128)))
+
+
+def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, blocks):
+    inputs = 2 + gated + biased * (1 + gated)
+    x, *weights = refs[:2 + gated]
+    biases = refs[2 + gated:inputs]
+    out, x_smem, w_smem, out_smem, up_smem, full, free = refs[inputs:]
+    group, block = lax.axis_index("group"), lax.axis_index("block")
+    chunk = chunk_length(k)
+    chunks, chunk_steps = pl.cdiv(k, chunk), chunk // TILE_K
+    m_tiles, n_tiles = pl.cdiv(m, ROWS * groups), pl.cdiv(n, TILE_N)
+    items = m_tiles * n_tiles * (chunks if split else 1)
+    mine = lax.div(items - block + blocks - 1, blocks)
+
+    def place(i):
+        item = block + i * blocks
+        return lax.rem(item, m_tiles), lax.rem(lax.div(item, m_tiles), n_tiles), lax.div(item, m_tiles * n_tiles)
+
+    def chunk_range(c):
+        return (c, c + 1) if split else (0, chunks)
+
+    def steps_of(c):
+        return jnp.minimum(chunk_steps, pl.cdiv(k, TILE_K) - c * chunk_steps)
+
+    @pl.when(group == groups)
+    def _load():
+        if groups > 1:
+            plmgpu.set_max_registers(40, action="decrease")
+
+        def item_loads(i, count):
+            m_tile, n_tile, c = place(i)
+            first, last = chunk_range(c)
+            start = first * chunk_steps
+            steps = jnp.minimum(last * chunk_steps, pl.cdiv(k, TILE_K)) - start
+
+            def load(w, s, count):
+                slot = lax.rem(count, stages)
+
+                @pl.when(count >= stages)
+                def _():
+                    plmgpu.barrier_wait(free.at[slot])
+                along_k = pl.ds((start + s) * TILE_K, TILE_K)
+                plmgpu.copy_gmem_to_smem(x.at[pl.ds(m_tile * ROWS * groups, ROWS * groups), along_k], x_smem.at[slot], full.at[slot])
+                plmgpu.copy_gmem_to_smem(w.at[pl.ds(n_tile * TILE_N, TILE_N), along_k], w_smem.at[slot], full.at[slot])
+                return count + 1
+
+            for w in reversed(weights):
+                count = lax.fori_loop(0, steps, functools.partial(load, w), count)
+            return count
+
+        count = lax.fori_loop(0, mine, item_loads, jnp.int32(0))
+
+        def drain(i, _):
+            plmgpu.barrier_wait(free.at[lax.rem(i, stages)])
+        lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
+
+    @pl.when(group < groups)
+    def _compute():
+        if groups > 1:
+            plmgpu.set_max_registers(208, action="increase")
+        rows = pl.ds(group * ROWS, ROWS)
+
+        def chunk_sum(c, count):
+            def accumulate(acc):
+                def step(s, _):
+                    slot = lax.rem(count + s, stages)
+                    plmgpu.barrier_wait(full.at[slot])
+                    plmgpu.wgmma(acc, x_smem.at[slot, rows], compat.transposed(w_smem.at[slot]))
+                    plmgpu.wgmma_wait(1)
+
+                    @pl.when(s > 0)
+                    def _():
+                        plmgpu.barrier_arrive(free.at[lax.rem(count + s - 1, stages)])
+                lax.fori_loop(0, steps_of(c), step, None)
+                return acc[...]
+            value = pl.run_scoped(accumulate, plmgpu.ACC((ROWS, TILE_N), jnp.float32))
+            count = count + steps_of(c)
+            plmgpu.barrier_arrive(free.at[lax.rem(count - 1, stages)])
+            return value, count
+
+        def product(c, count):
+            if split:
+                return chunk_sum(c, count)
+
+            def add(c, carry):
+                total, count = carry
+                value, count = chunk_sum(c, count)
+                return total + value, count
+            zero = compat.layout_cast(jnp.zeros((ROWS, TILE_N), jnp.float32), plmgpu.Layout.WGMMA)
+            return lax.fori_loop(0, chunks, add, (zero, count))
+
+        def biased_product(which, n_tile, c, count):
+            value, count = product(c, count)
+            if biased:
+                bias = plmgpu.load(biases[which].at[pl.ds(n_tile * TILE_N, TILE_N)], layout=plmgpu.Layout.WGMMA.reduce(0),
+                                   optimized=False)
+                value = value + lax.broadcast_in_dim(bias.astype(jnp.float32), value.shape, [1])
+            return value, count
+
+        def item_products(i, count):
+            m_tile, n_tile, c = place(i)
+            if gated:
+                value, count = biased_product(1, n_tile, c, count)
+                up_smem[group] = value
+            value, count = biased_product(0, n_tile, c, count)
+            if gated:
+                value = ACTIVATIONS[activation](value) * plmgpu.load(up_smem.at[group], layout=plmgpu.Layout.WGMMA)
+            plmgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[group] = value.astype(out_smem.dtype)
+            plmgpu.commit_smem()
+            target = out.at[c] if split else out
+            plmgpu.copy_smem_to_gmem(out_smem.at[group], target.at[pl.ds((m_tile * groups + group) * ROWS, ROWS), pl.ds(n_tile * TILE_N, TILE_N)])
+            return count
+
+        lax.fori_loop(0, mine, item_products, jnp.int32(0))
+        plmgpu.wait_smem_to_gmem(0)
+
+
+def _call(x, weights, biases, out_dtype, *, groups, stages, split, activation=None, blocks=SMS):
+    """One launch: out [M, N rounded up to 8] (with `split` float32 [chunks, M, N...]) of x [M, K] and one or two weights [N, K]."""
+    m, k = x.shape
+    n = weights[0].shape[0]
+    gated = len(weights) == 2
+    chunks = pl.cdiv(k, chunk_length(k))
+    out_dtype = jnp.float32 if split else out_dtype
+    wide = n + -n % 8  # TMA wants rows of out to be a multiple of 16 bytes
+    out = jax.ShapeDtypeStruct((chunks, m, wide) if split else (m, wide), out_dtype)
+    items = pl.cdiv(m, ROWS * groups) * pl.cdiv(n, TILE_N) * (chunks if split else 1)
+    blocks = min(items, blocks)
+    body = functools.partial(_body, m=m, n=n, k=k, groups=groups, stages=stages, split=split, gated=gated,
+                             activation=activation, biased=bool(biases), blocks=blocks)
+    body.__name__ = "matmul_split" if split else "gated_mlp" if gated else "matmul"
+    return compat.kernel(
+        body, out_type=out,
+        scratch_types=[
+            _tiled((stages, ROWS * groups, TILE_K), x.dtype),
+            _tiled((stages, TILE_N, TILE_K), x.dtype),
+            _tiled((groups, ROWS, TILE_N), out_dtype),
+            _tiled((groups, ROWS, TILE_N), jnp.float32) if gated else None,
+            plmgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plmgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        ],
+        grid=(blocks,), grid_names=("block",), num_threads=groups + 1, thread_name="group",
+    )(x, *weights, *biases)
+
+
+def _checked(x, *weights):
+    """How many computing warpgroups the rows of x want; ValueError where the kernel cannot take the operands."""
+    for w in weights:
+        if x.dtype not in (jnp.bfloat16, jnp.float16) or w.dtype != x.dtype:
+            raise ValueError(f"mosaic matmul of {x.dtype} and {w.dtype}: both must be bfloat16 or both float16")
+        if x.shape[1] != w.shape[1] or x.shape[1] % 8:
+            raise ValueError(f"mosaic matmul of {x.shape} and {w.shape}: K must agree and be a multiple of 8, for TMA's 16-byte rows")
+    return 1 if x.shape[0] <= ROWS else 2
+
+
+def _whole_tiles(bias):
+    """[N] padded to whole column tiles: a bias is read without TMA, so nothing may lie past its end."""
+    return bias if bias.shape[0] % TILE_N == 0 else jnp.pad(bias, (0, -bias.shape[0] % TILE_N))
+
+
+def wants_split(m: int, n: int, k: int) -> bool:
+    """Whether chunks of K go to different blocks: when the tiles alone leave SMs idle. Either way the bits are the same."""
+    groups = 1 if m <= ROWS else 2
+    return m <= 2 * ROWS and k > chunk_length(k) and pl.cdiv(m, ROWS * groups) * pl.cdiv(n, TILE_N) < SMS
+
+
+def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, out_dtype=None, split: bool | None = None) -> jax.Array:
+    """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32."""
+    groups, out_dtype = _checked(x, w), jnp.dtype(out_dtype or x.dtype)
+    n = w.shape[0]
+    if split is None:
+        split = wants_split(x.shape[0], n, x.shape[1])
+    biases = [] if bias is None or split else [_whole_tiles(bias)]
+    out = _call(x, [w], biases, out_dtype, groups=groups, stages=6 if groups == 1 else 5, split=split)
+    if split:
+        parts, out = out, out[0]
+        for chunk in range(1, parts.shape[0]):
+            out = out + parts[chunk]
+        if bias is not None:
+            out = jnp.pad(bias.astype(jnp.float32), (0, parts.shape[2] - n)) + out
+        # XLA may drop a rounding when what follows widens again, and then split would differ from in turn. It keeps
+        # reduce_precision, which flushes float16's subnormals, so there a barrier stands in at the cost of a fusion.
+        if out_dtype == jnp.bfloat16:
+            out = lax.reduce_precision(out, 8, 7)
+        out = out.astype(out_dtype)
+        if out_dtype == jnp.float16:
+            out = lax.optimization_barrier(out)
+    return out[:, :n]
+
+
+def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, gate_bias=None, up_bias=None) -> jax.Array:
+    """activation(x . gate) * (x . up) for x [T, D] and gate, up [F, D] -> [T, F]; rounded to x's dtype once."""
+    groups = _checked(x, gate, up)
+    if activation not in ACTIVATIONS:
+        # Neither version lowers erf in a kernel: the two products in float32, the activation in XLA.
+        g, u = matmul(x, gate, gate_bias, out_dtype=jnp.float32), matmul(x, up, up_bias, out_dtype=jnp.float32)
+        return (REFERENCE_ACTIVATIONS[activation](g) * u).astype(x.dtype)
+    if (gate_bias is None) != (up_bias is None):
+        zero = jnp.zeros(gate.shape[0], x.dtype)
+        gate_bias, up_bias = (zero if b is None else b for b in (gate_bias, up_bias))
+    biases = [] if gate_bias is None else [_whole_tiles(gate_bias), _whole_tiles(up_bias)]
+    return _call(x, [gate, up], biases, x.dtype, groups=groups, stages=5 if groups == 1 else 4, split=False,
+                 activation=activation)[:, :gate.shape[0]]
