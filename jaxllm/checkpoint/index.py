@@ -11,8 +11,11 @@ from pathlib import Path
 
 from jaxllm.checkpoint.layout import Layout, find_layout, refuse_pointer
 from jaxllm.checkpoint.mapped import LazyTensor, MappedFile, brief
+from jaxllm.checkpoint.npz import read_npz
 from jaxllm.checkpoint.safetensors import read_safetensors
-from jaxllm.errors import CheckpointError, UnsupportedError
+from jaxllm.checkpoint.torch_legacy import read_torch_legacy
+from jaxllm.checkpoint.torch_zip import read_torch_zip
+from jaxllm.errors import CheckpointError
 
 __all__ = ["Checkpoint", "LazyTensor", "open_checkpoint"]
 
@@ -94,7 +97,16 @@ def open_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Check
 def _read_file(load_format: str, mapped: MappedFile) -> dict[str, LazyTensor]:
     if load_format == "safetensors":
         return read_safetensors(mapped)
-    raise UnsupportedError(f"{mapped.path}: load_format {load_format} is not readable yet; allowed is safetensors")
+    head = mapped.view(0, 4).tobytes()
+    if load_format == "npz":
+        if head != b"PK\x03\x04":
+            raise CheckpointError(f"{mapped.path} is not an npz file: it does not begin as a zip file does; fetch it again")
+        return read_npz(mapped)
+    if head == b"PK\x03\x04":
+        return read_torch_zip(mapped)
+    if head[:1] in (b"\x80", b"L") or mapped.view(257, 5).tobytes() == b"ustar":
+        return read_torch_legacy(mapped)
+    raise CheckpointError(f"{mapped.path} is not a torch file: it begins neither as a zip file nor as a pickle; fetch it again")
 
 
 def _check_index(layout: Layout, tensors: dict[str, LazyTensor]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxllm.checkpoint.copying import aligned_empty, copy_cast
 from jaxllm.checkpoint.index import Checkpoint
+from jaxllm.checkpoint.map_location import MapLocation, check_map_location, device_for
 from jaxllm.checkpoint.report import mismatch_report
 from jaxllm.checkpoint.rules import Concat, Fill, Ignore, Rule, Stack, match
 from jaxllm.checkpoint.transforms import chain_shape
@@ -17,8 +18,8 @@ from jaxllm.errors import CheckpointError, UsageError
 
 log = logging.getLogger("jaxllm.checkpoint")
 
-# (path of the leaf, its values on the host) -> the array where it shall live.
-type Place = Callable[[str, np.ndarray], jax.Array]
+# (path of the leaf, its values: on the host, or on the device that map_location named) -> the array where it shall live.
+type Place = Callable[[str, np.ndarray | jax.Array], jax.Array]
 
 
 def load_params(
@@ -28,29 +29,33 @@ def load_params(
     *,
     dtype: Any = None,
     place: Place | None = None,
+    map_location: MapLocation = "cpu",
 ) -> Any:
     """`template` with each jax.ShapeDtypeStruct replaced by the jax.Array that the checkpoint holds for it.
 
     Leaf paths are the template's key paths joined with ".", such as layers.3.attention.q. `dtype` replaces the dtype
     of the template's floating leaves; integers and booleans stay. `place(path, array)` puts one array on its devices
-    (default: JAX's default device). Targets that read the same bytes the same way share one array unless `place` is
+    (default: the device that `map_location` names, else JAX's default device); `map_location` is pt_load_map_location,
+    see `map_location.device_for`. Targets that read the same bytes the same way share one array unless `place` is
     given. Raises one CheckpointError that lists all missing, unexpected and wrong-shaped tensors before any is read.
     """
+    check_map_location(map_location)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
     targets = {leaf_path(path): _wanted(leaf, dtype) for path, leaf in leaves}
     found = match(rules, checkpoint, targets)
     shape_errors = [error for fill in found.fills if (error := _misfit(fill, checkpoint, targets[fill.target]))]
     if found.missing or found.unexpected or found.clashes or shape_errors:
         raise CheckpointError(mismatch_report(str(checkpoint.path), found, shape_errors))
+    devices = {fill.target: device_for(checkpoint[fill.sources[0]], map_location) for fill in found.fills}
     arrays: dict[str, jax.Array] = {}
     shared: dict[tuple, jax.Array] = {}
     for fill in sorted(found.fills, key=lambda fill: _file_order(checkpoint, fill)):
         want = targets[fill.target]
-        identity = (*(checkpoint[name].identity for name in fill.sources), fill.chain, want.dtype)
+        identity = (*(checkpoint[name].identity for name in fill.sources), fill.chain, want.dtype, devices[fill.target])
         if place is None and identity in shared:
             arrays[fill.target] = shared[identity]
             continue
-        arrays[fill.target] = shared[identity] = _put(fill, checkpoint, want, place)
+        arrays[fill.target] = shared[identity] = _put(fill, checkpoint, want, place, devices[fill.target])
     return jax.tree_util.tree_unflatten(treedef, [arrays[leaf_path(path)] for path, _ in leaves])
 
 
@@ -128,7 +133,7 @@ def _file_order(checkpoint: Checkpoint, fill: Fill) -> tuple:
     return str(first.file), first.offset, fill.target
 
 
-def _put(fill: Fill, checkpoint: Checkpoint, want: jax.ShapeDtypeStruct, place: Place | None) -> jax.Array:
+def _put(fill: Fill, checkpoint: Checkpoint, want: jax.ShapeDtypeStruct, place: Place | None, device: Any) -> jax.Array:
     sources = [checkpoint[name] for name in fill.sources]
     # Always a buffer of our own: JAX on the CPU keeps an aligned numpy array as it is, and weights that alias a file
     # would change, or crash, with the file.
@@ -147,14 +152,15 @@ def _put(fill: Fill, checkpoint: Checkpoint, want: jax.ShapeDtypeStruct, place: 
                 f"tensor {source.name} of {source.file} has values beyond 65504, the largest float16; load it as bfloat16 or float32"
             )
         source.release()
-    return _place(place, fill.target, out)
+    return _place(place, fill.target, out, device)
 
 
 def _all_finite(values: np.ndarray) -> bool:
     return bool(np.isfinite(values.astype(np.float32) if values.dtype.kind == "V" else values).all())
 
 
-def _place(place: Place | None, path: str, array: np.ndarray) -> jax.Array:
-    placed = jax.device_put(array) if place is None else place(path, array)
+def _place(place: Place | None, path: str, array: np.ndarray, device: Any = None) -> jax.Array:
+    placed = jax.device_put(array, device) if place is None or device is not None else array
+    placed = placed if place is None else place(path, placed)
     # Waiting keeps one tensor in host memory; transfers of weights are bound by the bus, not by the queue.
     return jax.block_until_ready(placed)
