@@ -1,0 +1,67 @@
+# make generate   installs into .venv and tells a story with the built-in model
+# make test       installs into .venv and runs the tests
+# make parity     the tests against transformers on torch, which live in .venv-oracle
+# make test-oldest  the tests on the oldest jax that is supported
+# make compile-gpu  compiles kernels and engine programs for an H200, without one
+# make clean      removes what the others made
+
+PROMPT ?= Once upon a time
+OLDEST_JAX := 0.11.2
+ORACLE_TORCH := 2.13.0
+WORKERS ?= 2
+PIP := -m pip install --quiet --disable-pip-version-check
+PYTEST_OPTIONS ?= -n $(WORKERS) --dist loadfile
+
+.PHONY: generate test parity test-oldest compile-gpu clean
+.SUFFIXES:
+.DELETE_ON_ERROR:
+
+generate: .venv/.installed
+	@.venv/bin/jaxllm generate "$(PROMPT)"
+
+test: .venv/.installed-test
+	.venv/bin/python -m pytest tests --ignore=tests/parity $(PYTEST_OPTIONS)
+
+parity: .venv/.installed-test .venv-oracle/.installed
+	.venv/bin/python -m pytest tests/parity
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest tests --ignore=tests/parity $(PYTEST_OPTIONS)
+
+compile-gpu: .venv-compile/.installed
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python tools/compile_gpu.py
+
+clean:
+	rm -rf .venv .venv-oldest .venv-compile .venv-oracle .jax_cache .pytest_cache .parity build jaxllm.egg-info
+
+# An environment is made once; it is installed again when pyproject.toml is newer than its stamp.
+.venv .venv-oldest .venv-compile:
+	python=$$(tools/find_python.sh) && "$$python" -m venv $@
+
+.venv/.installed: pyproject.toml | .venv
+	.venv/bin/python $(PIP) -e .
+	@touch $@
+
+.venv/.installed-test: pyproject.toml | .venv
+	.venv/bin/python $(PIP) -e ".[test,train]"
+	@touch .venv/.installed $@
+
+.venv-oldest/.installed: pyproject.toml Makefile | .venv-oldest
+	.venv-oldest/bin/python $(PIP) -e ".[test,train]" jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX)
+	@touch $@
+
+# The compiler for NVIDIA cards without its CUDA libraries: pinned to jax's own version, which pip cannot derive.
+.venv-compile/.installed: pyproject.toml Makefile | .venv-compile
+	.venv-compile/bin/python $(PIP) -e .
+	version=$$(.venv-compile/bin/python -c "import importlib.metadata as m; print(m.version('jax'))") && \
+	.venv-compile/bin/python $(PIP) --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12
+	@touch $@
+
+# torch first and for the CPU alone, from the index at hand or else from its makers': nothing here may pull in CUDA.
+# Python 3.11 where there is one, since that wheel is the one most often at hand.
+.venv-oracle/.installed: tools/oracle/requirements.txt
+	python=$$(tools/find_python.sh 11 11 2>/dev/null || tools/find_python.sh 10) && "$$python" -m venv .venv-oracle
+	.venv-oracle/bin/python $(PIP) torch==$(ORACLE_TORCH)+cpu 2>/dev/null || \
+	.venv-oracle/bin/python $(PIP) torch==$(ORACLE_TORCH) --index-url https://download.pytorch.org/whl/cpu
+	.venv-oracle/bin/python $(PIP) -r tools/oracle/requirements.txt
+	@touch $@
