@@ -1,0 +1,74 @@
+"""Prompts from files: every line is read and checked before any work starts."""
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from jaxllm.errors import UsageError
+from jaxllm.sampling_params import SamplingParams
+
+SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
+PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLine:
+    """One line of a prompts file: the prompt, and what the line says of its own sampling."""
+
+    prompt: str | dict | None            # a text or {"prompt_token_ids": ids}; None: messages
+    messages: list[dict] | None
+    sampling: dict                       # fields of SamplingParams
+    where: str                           # "FILE:LINE", for messages
+
+
+def read_prompts(name: str) -> list[PromptLine]:
+    """The prompts of a JSONL file, or of standard input for "-". Raises UsageError naming the first bad line.
+
+    A line is a JSON text, or an object with "prompt", "prompt_token_ids" or "messages" and any fields of SamplingParams.
+    """
+    label = "standard input" if name == "-" else name
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as e:
+        raise UsageError(f"cannot read the prompts file {name}: {e.strerror}; give a JSONL file or - for standard input") from e
+    lines = [_line(raw, f"{label}:{number}") for number, raw in enumerate(data.split(b"\n"), 1) if raw.strip()]
+    if not lines:
+        raise UsageError(f"{label} holds no prompts; put one JSON text or object on each line")
+    return lines
+
+
+def _line(raw: bytes, where: str) -> PromptLine:
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{where}: byte {e.start} (0x{raw[e.start]:02x}) is not UTF-8; save the file as UTF-8") from e
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise UsageError(f"{where}: not JSON ({e}); each line must be a JSON text or object") from e
+    if isinstance(value, str):
+        value = {"prompt": value}
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: a JSON {type(value).__name__}; each line must be a text or an object with 'prompt'")
+    given = [name for name in PROMPT_FIELDS if name in value]
+    if len(given) != 1:
+        raise UsageError(f"{where}: has {' and '.join(given) or 'no prompt'}; it must have exactly one of {', '.join(PROMPT_FIELDS)}")
+    unknown = sorted(set(value) - SAMPLING_FIELDS - set(PROMPT_FIELDS))
+    if unknown:
+        raise UsageError(f"{where}: unknown field {unknown[0]!r}; allowed: {', '.join(PROMPT_FIELDS)} and the sampling parameters")
+    kind, content = given[0], value[given[0]]
+    if kind == "prompt" and not isinstance(content, str):
+        raise UsageError(f"{where}: prompt is a {type(content).__name__}; it must be a text")
+    if kind == "prompt_token_ids" and not (isinstance(content, list) and all(type(t) is int for t in content)):
+        raise UsageError(f"{where}: prompt_token_ids must be a list of integers")
+    if kind == "messages" and not (isinstance(content, list) and content and all(isinstance(m, dict) for m in content)):
+        raise UsageError(f"{where}: messages must be a list of objects with role and content")
+    sampling = {k: v for k, v in value.items() if k in SAMPLING_FIELDS}
+    prompt = content if kind == "prompt" else {kind: content} if kind == "prompt_token_ids" else None
+    return PromptLine(prompt, content if kind == "messages" else None, sampling, where)
+
+
+def sampling_of(line: PromptLine, common: dict) -> SamplingParams:
+    """The line's SamplingParams over the common ones; an error names the line."""
+    try:
+        return SamplingParams(**{**common, **line.sampling})
+    except UsageError as e:
+        raise UsageError(f"{line.where}: {e}", e.param) from e
