@@ -12,6 +12,7 @@ from pathlib import Path
 from jaxllm.checkpoint.layout import Layout, find_layout, refuse_pointer
 from jaxllm.checkpoint.mapped import LazyTensor, MappedFile, brief
 from jaxllm.checkpoint.npz import read_npz
+from jaxllm.checkpoint.orbax_tree import read_orbax
 from jaxllm.checkpoint.safetensors import read_safetensors
 from jaxllm.checkpoint.torch_legacy import read_torch_legacy
 from jaxllm.checkpoint.torch_zip import read_torch_zip
@@ -75,6 +76,8 @@ def open_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Check
         layout = find_layout(path, load_format)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions") from error
+    if layout.load_format == "orbax":
+        return Checkpoint(path, layout, _some(read_orbax(path), path), ())
     tensors: dict[str, LazyTensor] = {}
     maps: list[MappedFile] = []
     for file in layout.files:
@@ -87,11 +90,15 @@ def open_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Check
                 f"tensor {brief(twice)} is in {tensors[twice].file} and in {file}; one of them must go, or an index file must choose"
             )
         tensors.update(found)
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors; give a file or folder with weights")
     if layout.index_file is not None:
         _check_index(layout, tensors)
-    return Checkpoint(path, layout, tensors, tuple(maps))
+    return Checkpoint(path, layout, _some(tensors, path), tuple(maps))
+
+
+def _some(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors; give a file or folder with weights")
+    return tensors
 
 
 def _read_file(load_format: str, mapped: MappedFile) -> dict[str, LazyTensor]:

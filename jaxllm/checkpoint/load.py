@@ -135,8 +135,14 @@ def _file_order(checkpoint: Checkpoint, fill: Fill) -> tuple:
 
 def _put(fill: Fill, checkpoint: Checkpoint, want: jax.ShapeDtypeStruct, place: Place | None, device: Any) -> jax.Array:
     sources = [checkpoint[name] for name in fill.sources]
-    # Always a buffer of our own: JAX on the CPU keeps an aligned numpy array as it is, and weights that alias a file
-    # would change, or crash, with the file.
+    first = sources[0]
+    if len(sources) == 1 and first.dtype == want.dtype and not fill.chain and not _is_host(device or jax.devices()[0]):
+        placed = _place(place, fill.target, first.numpy(), device)
+        first.release()
+        if not any(_is_host(holder) for holder in placed.devices()):
+            return placed
+    # For the host, a buffer of our own: JAX on the CPU keeps an aligned numpy array as it is, and weights that alias a
+    # file would change, or crash, with the file.
     out = aligned_empty(want.shape, want.dtype)
     windows, steps = [out], fill.chain
     if steps and isinstance(steps[-1], Concat | Stack):
@@ -153,6 +159,11 @@ def _put(fill: Fill, checkpoint: Checkpoint, want: jax.ShapeDtypeStruct, place: 
             )
         source.release()
     return _place(place, fill.target, out, device)
+
+
+def _is_host(device: Any) -> bool:
+    holders = device.device_set if isinstance(device, jax.sharding.Sharding) else (device,)
+    return any(holder.platform == "cpu" for holder in holders)
 
 
 def _all_finite(values: np.ndarray) -> bool:

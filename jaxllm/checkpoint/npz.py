@@ -7,6 +7,7 @@ unsigned integers of the same width, and say which they are in the member __dtyp
 import io
 import json
 import warnings
+from tokenize import TokenError
 
 import ml_dtypes
 import numpy as np
@@ -47,7 +48,7 @@ def _header(mapped: MappedFile, member: Member) -> tuple[tuple[int, ...], bool, 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of headers that Python 2 wrote
             shape, fortran, dtype = read(stream, max_header_size=MAX_HEADER_BYTES)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError, KeyError, EOFError) as error:
+    except (ValueError, TypeError, SyntaxError, RecursionError, OverflowError, MemoryError, KeyError, EOFError, TokenError) as error:
         raise CheckpointError(f"{mapped.path}: {brief(member.name)} has a damaged header ({brief(str(error))}); fetch it again") from error
     return shape, fortran, dtype, stream.tell()
 

@@ -6,6 +6,7 @@ in full before any tensor is handed out, so a view can never reach outside its o
 """
 
 import json
+from dataclasses import replace
 from types import MappingProxyType
 
 import ml_dtypes
@@ -47,7 +48,7 @@ REFUSED_DTYPES = ("F6_E2M3", "F6_E3M2")  # packed four to three bytes, a layout 
 def read_safetensors(mapped: MappedFile) -> dict[str, LazyTensor]:
     """Every tensor of the file, in the order of their bytes; CheckpointError if anything in the header is untrue."""
     header, data_start = _header(mapped)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
     entries = [_entry(name, fields, mapped, data_start) for name, fields in header.items()]
     entries.sort(key=lambda entry: (entry[1], entry[2]))
     position = 0
@@ -65,13 +66,19 @@ def read_safetensors(mapped: MappedFile) -> dict[str, LazyTensor]:
         raise CheckpointError(
             f"{mapped.path} is {state}: its header describes {position} bytes of tensors and {found} follow it; fetch the file again"
         )
-    return {tensor.name: tensor for tensor, _, _ in entries}
+    tensors = {tensor.name: tensor for tensor, _, _ in entries}
+    return tensors | _tied(metadata, tensors)
 
 
-def read_metadata(mapped: MappedFile) -> dict[str, str]:
-    """The file's free-text `__metadata__`, empty if it has none."""
-    metadata = _header(mapped)[0].get("__metadata__", {})
-    return metadata if isinstance(metadata, dict) else {}
+def _tied(metadata: object, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Tensors that were left out because they are another's values: metadata {name: name of the other}, as
+    huggingface's save_model and jaxllm's convert write it."""
+    pairs = metadata.items() if isinstance(metadata, dict) else ()
+    return {
+        name: replace(tensors[kept], name=name)
+        for name, kept in pairs
+        if name != "format" and name not in tensors and isinstance(kept, str) and kept in tensors
+    }
 
 
 def _header(mapped: MappedFile) -> tuple[dict, int]:

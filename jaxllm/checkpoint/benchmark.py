@@ -1,0 +1,141 @@
+"""How fast a checkpoint loads, against a plain sequential read of the same files: the data of `jaxllm bench load`."""
+
+import gc
+import os
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxllm.checkpoint.index import Checkpoint, open_checkpoint
+from jaxllm.checkpoint.load import load_params
+from jaxllm.checkpoint.mapped import LazyTensor
+from jaxllm.checkpoint.rules import Rule
+from jaxllm.errors import UsageError
+
+READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class LoadBenchmark:
+    """Bytes per second of loading and of reading; `ratio` is the median over pairs taken one after the other.
+
+    `read` fills fresh memory, as whoever wants the bytes must; `scan` reads through one buffer of 16 MiB and keeps
+    nothing, which no loader can do. `host_peak_bytes` is how far the process's peak memory rose above its level before the load, the parameters
+    themselves included where the device is the host; `parameter_bytes` says how much of it they are.
+    """
+
+    path: str
+    container: str
+    device: str
+    file_bytes: int
+    parameter_bytes: int
+    largest_tensor_bytes: int
+    load_bytes_per_s: float
+    read_bytes_per_s: float
+    scan_bytes_per_s: float
+    ratio: float
+    repeats: int
+    cold: bool
+    host_peak_bytes: int
+
+
+def load_benchmark(path: str | os.PathLike, load_format: str = "auto", *, repeats: int = 3, cold: bool = False) -> LoadBenchmark:
+    """The LoadBenchmark of every tensor at `path`, loaded to JAX's default device exactly as `load_params` does.
+
+    Load and read alternate `repeats` times; the read takes one file after another, front to back, into memory.
+    `cold` asks the kernel to forget the files before each (posix_fadvise); otherwise one scan warms them first.
+    """
+    if repeats < 1:
+        raise UsageError(f"repeats is {repeats}; at least 1 is needed", "repeats")
+    jax.block_until_ready(jax.device_put(np.zeros(1)))  # the device starts outside the clock
+    with open_checkpoint(path, load_format) as checkpoint:
+        files = _data_files(checkpoint)
+        tensors = {name: tensor for name, tensor in checkpoint.items() if jax.dtypes.canonicalize_dtype(tensor.dtype) == tensor.dtype}
+        if not cold:
+            _scan(files)
+        before, reads, loads, scans, peak = _peak_bytes(), [], [], [], 0
+        for _ in range(repeats):
+            loads.append(_timed(lambda: _load(checkpoint, tensors), files, cold))
+            peak = peak or _peak_bytes() - before  # of the first load: the read has its own
+            reads.append(_timed(lambda: _read(files), files, cold))
+            scans.append(_timed(lambda: _scan(files), files, cold))
+        size, loaded = sum(file.stat().st_size for file in files), sum(tensor.nbytes for tensor in tensors.values())
+        stored = sum({tensor.identity: tensor.nbytes for tensor in tensors.values()}.values())
+        return LoadBenchmark(
+            path=str(path),
+            container=checkpoint.container,
+            device=str(jax.devices()[0]),
+            file_bytes=size,
+            parameter_bytes=loaded,
+            largest_tensor_bytes=max((tensor.nbytes for tensor in tensors.values()), default=0),
+            load_bytes_per_s=stored / statistics.median(loads),
+            read_bytes_per_s=size / statistics.median(reads),
+            scan_bytes_per_s=size / statistics.median(scans),
+            ratio=statistics.median(read * stored / (load * size) for read, load in zip(reads, loads, strict=True)),
+            repeats=repeats,
+            cold=cold,
+            host_peak_bytes=peak,
+        )
+
+
+def _load(checkpoint: Checkpoint, tensors: dict[str, LazyTensor]) -> None:
+    # Names as dict keys, each its own target: the whole of load_params but the renaming.
+    rules = [Rule(name.replace("{", "(").replace("}", ")"), str(index)) for index, name in enumerate(tensors)]
+    template = {str(index): jax.ShapeDtypeStruct(tensor.shape, tensor.dtype) for index, tensor in enumerate(tensors.values())}
+    params = load_params(_Subset(checkpoint, tensors), rules, template)
+    jax.block_until_ready(params)
+
+
+class _Subset(dict):
+    """The tensors that this process's JAX can hold (no 64-bit types unless it was told so), as a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, tensors: dict[str, LazyTensor]):
+        super().__init__((name.replace("{", "(").replace("}", ")"), tensor) for name, tensor in tensors.items())
+        self.path = checkpoint.path
+
+
+def _data_files(checkpoint: Checkpoint) -> list[Path]:
+    found = [[entry for entry in sorted(file.rglob("*")) if entry.is_file()] if file.is_dir() else [file] for file in checkpoint.files]
+    return [file for group in found for file in group]
+
+
+def _read(files: list[Path]) -> None:
+    kept = []
+    for file in files:
+        content = memoryview(np.empty(file.stat().st_size, np.uint8))
+        with open(file, "rb", buffering=0) as handle:
+            position = 0
+            while count := handle.readinto(content[position : position + READ_BYTES]):
+                position += count
+        kept.append(content)
+
+
+def _scan(files: list[Path]) -> None:
+    buffer = bytearray(READ_BYTES)
+    for file in files:
+        with open(file, "rb", buffering=0) as handle:
+            while handle.readinto(buffer):
+                pass
+
+
+def _timed(action, files: list[Path], cold: bool) -> float:
+    gc.collect()
+    if cold:
+        for file in files:
+            with open(file, "rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _peak_bytes() -> int:
+    """The most memory this process has had resident; Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
