@@ -3,6 +3,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.config import RopeSpec
 from jaxllm.errors import UnsupportedError
@@ -31,36 +32,50 @@ def rope_spec(head_dim: int, max_position: int, parameters: dict, max_model_len:
     reader = SCALINGS.get(kind)
     if reader is None:
         raise UnsupportedError(f"rope type {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
-    base = float(parameters.get("rope_theta", 10000.0))
-    width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     try:
+        base = float(parameters.get("rope_theta", 10000.0))
+        width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         return reader(base, width, max_position, parameters, max_model_len)
     except KeyError as e:
         raise UnsupportedError(f"rope type {kind!r} needs the parameter {e.args[0]!r}, which config.json does not give") from e
+    except (TypeError, ValueError, ZeroDivisionError) as e:
+        raise UnsupportedError(f"rope type {kind!r} cannot be built from {parameters}: {e}; correct config.json") from e
 
 
-def _plain(base: float, width: int) -> list[float]:
-    return [base ** (-i / width) for i in range(0, width, 2)]
+def _powers(base: float, width: int) -> list[np.float32]:
+    """base ** (i / width) for i = 0, 2, ..., rounded to float32 where torch rounds it.
+
+    All that follows stays in float32, in torch's order: models were trained with those numbers, and a frequency that is off
+    by half a unit in the last place turns a key at position 30000 by 1e-3 too much.
+    """
+    return [np.float32(base ** float(np.float32(i / width))) for i in range(0, width, 2)]
+
+
+def _plain(base: float, width: int) -> list[np.float32]:
+    return [1 / power for power in _powers(base, width)]
+
+
+def _spec(frequencies, magnitude: float = 1.0) -> RopeSpec:
+    return RopeSpec(tuple(float(f) for f in frequencies), magnitude)
 
 
 def _default(base, width, max_position, p, max_model_len):
-    return RopeSpec(tuple(_plain(base, width)))
+    return _spec(_plain(base, width))
 
 
 def _linear(base, width, max_position, p, max_model_len):
-    return RopeSpec(tuple(f / p["factor"] for f in _plain(base, width)))
+    return _spec(f / p["factor"] for f in _plain(base, width))
 
 
 def _dynamic(base, width, max_position, p, max_model_len):
-    trained = p.get("original_max_position_embeddings") or max_position
-    length = max(max_model_len or trained, trained)
-    base *= (p["factor"] * length / trained - (p["factor"] - 1)) ** (width / (width - 2))
-    return RopeSpec(tuple(_plain(base, width)))
+    length = max(max_model_len or max_position, max_position)
+    base *= (p["factor"] * length / max_position - (p["factor"] - 1)) ** (width / (width - 2))
+    return _spec(_plain(base, width))
 
 
 def _llama3(base, width, max_position, p, max_model_len):
     factor, low, high = p["factor"], p["low_freq_factor"], p["high_freq_factor"]
-    trained = p["original_max_position_embeddings"]
+    trained = p.get("original_max_position_embeddings", max_position)
 
     def scaled(frequency):
         wavelength = 2 * math.pi / frequency
@@ -71,13 +86,13 @@ def _llama3(base, width, max_position, p, max_model_len):
         smooth = (trained / wavelength - low) / (high - low)
         return (1 - smooth) * frequency / factor + smooth * frequency
 
-    return RopeSpec(tuple(scaled(f) for f in _plain(base, width)))
+    return _spec(scaled(f) for f in _plain(base, width))
 
 
 def _yarn(base, width, max_position, p, max_model_len):
     """YaRN (arXiv:2309.00071): interpolate the slow frequencies, keep the fast ones, ramp in between."""
-    factor = p["factor"]
-    trained = p.get("original_max_position_embeddings") or max_position
+    trained = p.get("original_max_position_embeddings", max_position)
+    factor = p["factor"] if "original_max_position_embeddings" not in p else p.get("factor", max_position / trained)
 
     def magnitude_of(scale, m=1.0):
         return 0.1 * m * math.log(scale) + 1.0 if scale > 1 else 1.0
@@ -97,11 +112,11 @@ def _yarn(base, width, max_position, p, max_model_len):
     if low == high:
         high += 0.001
 
-    def scaled(i, frequency):
-        keep = 1 - min(max((i - low) / (high - low), 0.0), 1.0)
-        return frequency / factor * (1 - keep) + frequency * keep
+    def scaled(i, power):
+        keep = 1 - np.clip((np.float32(i) - low) / (high - low), 0, 1)
+        return 1 / (factor * power) * (1 - keep) + 1 / power * keep
 
-    return RopeSpec(tuple(scaled(i, f) for i, f in enumerate(_plain(base, width))), magnitude)
+    return _spec((scaled(i, power) for i, power in enumerate(_powers(base, width))), magnitude)
 
 
 SCALINGS = {"default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}

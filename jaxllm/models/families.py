@@ -10,7 +10,7 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gel
 LLAMA_RULES = (
     Rule("model.embed_tokens.weight", "embedding"),
     Rule("model.norm.weight", "norm"),
-    Rule("lm_head.weight", "head"),
+    Rule("lm_head.weight", "head", optional=True),  # some tied checkpoints carry a copy of the embedding
     Rule("model.layers.{i}.input_layernorm.weight", "layers.{i}.attention_norm"),
     Rule("model.layers.{i}.post_attention_layernorm.weight", "layers.{i}.mlp_norm"),
     *(Rule(f"model.layers.{{i}}.self_attn.{name}_proj.{leaf}", f"layers.{{i}}.{name}.{leaf}")
@@ -35,9 +35,12 @@ def field(config: dict, name: str, default=None):
 
 def rope_parameters(config: dict) -> dict:
     """The rope settings of both published layouts: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling`."""
+    stated = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if config.get("original_max_position_embeddings"):  # goes before the entry of the same name, as in transformers
+        stated["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     return {"rope_theta": config.get("rope_theta") or 10000.0,
             "partial_rotary_factor": config.get("partial_rotary_factor") or 1.0,
-            **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+            **{name: value for name, value in stated.items() if value is not None}}
 
 
 def llama_like(config: dict, max_model_len: int | None, *, windows: tuple[int | None, ...] | None = None,
@@ -65,7 +68,7 @@ def llama_like(config: dict, max_model_len: int | None, *, windows: tuple[int | 
 
 def windows_by_type(config: dict) -> tuple[int | None, ...]:
     """The window of each layer from `layer_types`, or from the older `use_sliding_window` and `max_window_layers`."""
-    count, window = config["num_hidden_layers"], config.get("sliding_window")
+    count, window = field(config, "num_hidden_layers"), config.get("sliding_window", 4096)
     if not config.get("use_sliding_window", False) or window is None:
         return (None,) * count
     types = config.get("layer_types") or [

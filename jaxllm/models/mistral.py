@@ -6,4 +6,5 @@ from jaxllm.models.families import field, llama_like
 
 def read_config(config: dict, max_model_len: int | None = None) -> ModelConfig:
     """The ModelConfig of a MistralForCausalLM config.json."""
-    return llama_like(config, max_model_len, windows=(config.get("sliding_window"),) * field(config, "num_hidden_layers"))
+    window = config.get("sliding_window", 4096)  # null means none; absent means what the first Mistral had
+    return llama_like(config, max_model_len, windows=(window,) * field(config, "num_hidden_layers"))
