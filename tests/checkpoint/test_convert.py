@@ -231,5 +231,5 @@ def test_a_damaged_orbax_folder_is_an_error_of_ours(tmp_path):
     with pytest.raises(CheckpointError):
         contents(tmp_path / "out")
     (tmp_path / "out/default/_METADATA").write_text("{")
-    with pytest.raises(CheckpointError, match="damaged orbax"):
+    with pytest.raises(CheckpointError, match="no whole orbax checkpoint"):
         open_checkpoint(tmp_path / "out")
