@@ -122,7 +122,7 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
     @pl.when(group < groups)
     def _compute():
         if groups > 1:
-            plmgpu.set_max_registers(208, action="increase")
+            plmgpu.set_max_registers(232, action="increase")
         rows = pl.ds(group * ROWS, ROWS)
 
         def chunk_sum(c, count):
@@ -182,13 +182,17 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
 
 
 def _call(x, weights, biases, out_dtype, *, groups, stages, split, activation=None, blocks=SMS):
-    """One launch: out [M, N rounded up to 8] (with `split` float32 [chunks, M, N...]) of x [M, K] and one or two weights [N, K]."""
+    """One launch: out [M.., N..] (with `split` float32 [chunks, M.., N..]) of x [M, K] and one or two weights [N, K].
+
+    M.. and N.. are at least M and N; the rest is padding.
+    """
+    x, *weights = (_padded(a) for a in (x, *weights))
     m, k = x.shape
     n = weights[0].shape[0]
     gated = len(weights) == 2
     chunks = pl.cdiv(k, chunk_length(k))
     out_dtype = jnp.float32 if split else out_dtype
-    wide = n + -n % 8  # TMA wants rows of out to be a multiple of 16 bytes
+    wide = n + -n % 64  # TMA stores tiles of 8 x 128 bytes
     out = jax.ShapeDtypeStruct((chunks, m, wide) if split else (m, wide), out_dtype)
     items = pl.cdiv(m, ROWS * groups) * pl.cdiv(n, TILE_N) * (chunks if split else 1)
     blocks = min(items, blocks)
@@ -214,9 +218,20 @@ def _checked(x, *weights):
     for w in weights:
         if x.dtype not in (jnp.bfloat16, jnp.float16) or w.dtype != x.dtype:
             raise ValueError(f"mosaic matmul of {x.dtype} and {w.dtype}: both must be bfloat16 or both float16")
-        if x.shape[1] != w.shape[1] or x.shape[1] % 8:
-            raise ValueError(f"mosaic matmul of {x.shape} and {w.shape}: K must agree and be a multiple of 8, for TMA's 16-byte rows")
+        if x.shape[1] != w.shape[1]:
+            raise ValueError(f"mosaic matmul of {x.shape} and {w.shape}: K must agree")
     return 1 if x.shape[0] <= ROWS else 2
+
+
+def _padded(a):
+    """a [R, K] with zeros up to what TMA takes in tiles of 8 x 64: fewer rows than 8 or whole eights, whole 64s of K.
+
+    Costs a copy where it applies, which is not in models: their widths are multiples of 64, and all but a few
+    vocabularies of 8; an engine's buckets of rows are powers of two.
+    """
+    rows = 0 if a.shape[0] < 8 else -a.shape[0] % 8
+    columns = -a.shape[1] % TILE_K
+    return jnp.pad(a, ((0, rows), (0, columns))) if rows or columns else a
 
 
 def _whole_tiles(bias):
@@ -251,7 +266,7 @@ def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, out_dty
         out = out.astype(out_dtype)
         if out_dtype == jnp.float16:
             out = lax.optimization_barrier(out)
-    return out[:, :n]
+    return out[:x.shape[0], :n]
 
 
 def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, gate_bias=None, up_bias=None) -> jax.Array:
@@ -266,4 +281,4 @@ def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, 
         gate_bias, up_bias = (zero if b is None else b for b in (gate_bias, up_bias))
     biases = [] if gate_bias is None else [_whole_tiles(gate_bias), _whole_tiles(up_bias)]
     return _call(x, [gate, up], biases, x.dtype, groups=groups, stages=5 if groups == 1 else 4, split=False,
-                 activation=activation)[:, :gate.shape[0]]
+                 activation=activation)[:x.shape[0], :gate.shape[0]]
