@@ -14,6 +14,14 @@ def transposed(ref):
     return plmgpu.transpose_ref(ref, (1, 0))  # deprecated in 0.12.0
 
 
+def store(ref, value):
+    """Write registers to device memory."""
+    if hasattr(plmgpu, "store"):  # 0.12.0, where a plain assignment to device memory wants optimized=False said
+        plmgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def interpreting():
     """A context in which Mosaic kernels run on the CPU, simulated."""
     # 0.12.0 exports it as plmgpu.force_gpu_interpret_mode; 0.11.2 has it here only

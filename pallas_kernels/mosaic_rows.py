@@ -1,0 +1,114 @@
+"""Sums along a row on Hopper: rms_norm, log_sum_exp, row_sum, in an order that the row's length alone decides.
+
+The tree. A row of D numbers is cut in pieces of 4096, the last rest in pieces of 2048, 1024 .. 128. In a piece of n,
+each of the 128 lanes of a warpgroup holds the same n / 128 places whatever the row. The pieces' numbers are added into
+one number for each of 128 places, ascending; then the 128 places are summed once by `_across_lanes`. All of it in float32.
+
+    row   |------ 4096 ------|------ 4096 ------|- 512 -|128|      D is padded to a multiple of 128 with zeros
+             piece 0             piece 1           ...             each summed by the warpgroup, in one fixed way
+             total = s0         + s1             + s2   + s3       ascending
+
+Grid and memory. One block of one warpgroup for each row, reading its row from device memory straight to registers; no
+shared memory but the few bytes through which warps exchange their sums. The number of rows is the size of the grid and
+nothing else, so a row's bits cannot depend on it.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plmgpu
+
+from pallas_kernels import compat
+
+LANES = 128
+PIECE = 4096  # 32 numbers a lane: enough loads in flight, few enough registers
+
+
+def _pieces(length):
+    """(start, size) of the pieces of a row whose length is a multiple of 128."""
+    start = length // PIECE * PIECE
+    size = PIECE // 2
+    while start < length:
+        if length - start >= size:
+            yield start, size
+            start += size
+        else:
+            size //= 2
+
+
+def _load(ref, row, start, size):
+    """float32 [size] of a row."""
+    vector = max(1, min(size // LANES, 16 // ref.dtype.itemsize))
+    layout = plmgpu.Layout.WG_STRIDED((size,), vector)
+    return plmgpu.load(ref.at[row, pl.ds(start, size)], layout=layout, optimized=False).astype(jnp.float32)
+
+
+def _fold(ref, row, start_value, add):
+    """add(value, piece) over the pieces of a row, ascending."""
+    length = ref.shape[1]
+    value = lax.fori_loop(0, length // PIECE, lambda i, v: add(v, _load(ref, row, i * PIECE, PIECE)), start_value)
+    for start, size in _pieces(length):
+        value = add(value, _load(ref, row, start, size))
+    return value
+
+
+def _row_sum_body(x, out):
+    row = lax.axis_index("row")
+    out[row] = _fold(x, row, jnp.float32(0), lambda total, piece: total + piece.sum())
+
+
+def _log_sum_exp_body(x, out):
+    row = lax.axis_index("row")
+    top = _fold(x, row, jnp.float32(-jnp.inf), lambda top, piece: jnp.maximum(top, piece.max()))
+    total = _fold(x, row, jnp.float32(0), lambda total, piece: total + jnp.exp(piece - top).sum())
+    out[row] = top + jnp.log(total)
+
+
+def _rms_norm_body(x, weight, out, *, width, eps):
+    row = lax.axis_index("row")
+    mean_square = _fold(x, row, jnp.float32(0), lambda total, piece: total + (piece * piece).sum()) / width
+    scale = lax.rsqrt(mean_square + eps)
+
+    def store(start, size):
+        value = _load(x, row, start, size) * scale * _load(weight, 0, start, size)
+        compat.store(out.at[row, pl.ds(start, size)], value.astype(out.dtype))
+
+    lax.fori_loop(0, x.shape[1] // PIECE, lambda i, _: store(i * PIECE, PIECE), None)
+    for start, size in _pieces(x.shape[1]):
+        store(start, size)
+
+
+def _padded(x, value=0):
+    """x [.., D] as [rows, D rounded up to 128]."""
+    x = x.reshape(-1, x.shape[-1])
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)), constant_values=value) if x.shape[1] % LANES else x
+
+
+def _call(body, name, out, *operands):
+    body.__name__ = name
+    return compat.kernel(body, out_type=out, grid=(out.shape[0],), grid_names=("row",))(*operands)
+
+
+def row_sum(x: jax.Array) -> jax.Array:
+    """float32 [..., K] summed over its last axis -> [...], in an order that K alone decides."""
+    rows = _padded(x.astype(jnp.float32))
+    out = jax.ShapeDtypeStruct((rows.shape[0],), jnp.float32)
+    return _call(functools.partial(_row_sum_body), "row_sum", out, rows).reshape(x.shape[:-1])
+
+
+def log_sum_exp(x: jax.Array) -> jax.Array:
+    """log(sum(exp(x))) over the last axis of float32 x [..., V] -> [...]."""
+    rows = _padded(x.astype(jnp.float32), -jnp.inf)
+    out = jax.ShapeDtypeStruct((rows.shape[0],), jnp.float32)
+    return _call(functools.partial(_log_sum_exp_body), "log_sum_exp", out, rows).reshape(x.shape[:-1])
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x [..., D] divided by its root mean square and scaled by weight [D], computed in float32, in x's dtype."""
+    width = x.shape[-1]
+    rows = _padded(x)
+    body = functools.partial(_rms_norm_body, width=width, eps=eps)
+    out = _call(body, "rms_norm", jax.ShapeDtypeStruct(rows.shape, x.dtype), rows, _padded(weight))
+    return out[:, :width].reshape(x.shape)
