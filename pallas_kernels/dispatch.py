@@ -1,7 +1,7 @@
 """The seam: which implementation of the kernels runs, chosen once, with the reasons kept."""
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 from pallas_kernels import reference
 
@@ -34,3 +34,54 @@ def choose(platform: str, compute_capability, head_dim: int, dtype, page_size: i
     if want not in ("auto", "reference"):
         raise ValueError(f"kernels={want!r} is not one of auto, reference")
     return dataclasses.replace(SERVING, reasons=(f"reference: plain XLA on {platform}",))
+
+
+@cache
+def _mosaic() -> Kernels:
+    """Hopper. Imported when chosen: a CPU never needs it."""
+    from pallas_kernels import mosaic_attention, mosaic_matmul, mosaic_rows
+    return Kernels("mosaic", mosaic_matmul.matmul, mosaic_matmul.gated_mlp, mosaic_rows.rms_norm, mosaic_attention.attend,
+                   mosaic_rows.log_sum_exp, mosaic_rows.row_sum)
+
+
+def _capability(value) -> tuple[int, int] | None:
+    """(major, minor) of "9.0", 9.0 or (9, 0)."""
+    if value is None:
+        return None
+    major, _, minor = (".".join(map(str, value)) if isinstance(value, tuple) else str(value)).partition(".")
+    return int(major), int(minor or 0)
+
+
+def _why_not_mosaic(platform, compute_capability, head_dim, dtype, page_size) -> str | None:
+    if platform not in ("gpu", "cuda"):
+        return f"mosaic: needs an NVIDIA GPU, the platform is {platform}"
+    if _capability(compute_capability) != (9, 0):
+        return f"mosaic: written for compute capability 9.0 (H100, H200), the device has {compute_capability}"
+    from pallas_kernels import mosaic_attention
+    reason = mosaic_attention.refusal(head_dim, dtype, page_size)
+    return None if reason is None else f"mosaic: {reason}"
+
+
+def choose(platform: str, compute_capability, head_dim: int, dtype, page_size: int, want: str = "auto") -> Kernels:
+    """The kernels for a device and a model, with the reasons in `.reasons`.
+
+    A named choice is strict: ValueError says why it cannot be had. "auto" takes mosaic where it runs and else the
+    reference, and keeps the reason. There are no Triton kernels.
+    """
+    dtype = getattr(dtype, "dtype", dtype)
+    if want not in ("auto", "mosaic", "triton", "reference"):
+        raise ValueError(f"kernels {want!r}: allowed are auto, mosaic, triton and reference")
+    if want == "triton":
+        raise ValueError("triton: not written; on cards before Hopper choose reference, on Hopper mosaic")
+    if want == "reference":
+        return dataclasses.replace(SERVING, reasons=("reference: asked for",))
+    reason = _why_not_mosaic(platform, compute_capability, head_dim, dtype, page_size)
+    if reason is None:
+        why = "asked for" if want == "mosaic" else "the device is a Hopper and the model fits"
+        return dataclasses.replace(_mosaic(), reasons=(f"mosaic: {why}",))
+    if want == "mosaic":
+        raise ValueError(reason)
+    reasons = (reason,)
+    if platform in ("gpu", "cuda"):
+        reasons += ("reference: XLA picks matrix products by shape on a GPU, so bits may depend on the batch",)
+    return dataclasses.replace(SERVING, reasons=reasons)

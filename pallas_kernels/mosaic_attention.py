@@ -41,6 +41,7 @@ from pallas_kernels.ragged import Ragged
 
 ROWS = 64       # rows of one wgmma
 MASKED = -1e30  # stands for -inf and keeps `max - max` finite
+MOST_PARTS = 256 << 20  # bytes of partial results that a decode step may hold
 LOG2E = math.log2(math.e)
 SMS = 132       # of an H100 or H200 (SXM): decides between schedules, no part of the tree
 
@@ -322,9 +323,9 @@ def _launch(q, k_pages, v_pages, table, meta, *, group_size, heads_first, run, s
     )(acc_parts, stats_parts, meta)
 
 
-def _wanted_run(tiles: int, kv_heads: int, splits: int) -> int | None:
+def _wanted_run(tiles: int, kv_heads: int, splits: int, split_bytes: int) -> int | None:
     """Splits for one block, or None for all of a tile's: enough blocks to fill the card. Either way the bits are the same."""
-    if splits == 1 or tiles * kv_heads >= 2 * SMS:
+    if splits == 1 or tiles * kv_heads >= 2 * SMS or tiles * kv_heads * splits * split_bytes > MOST_PARTS:
         return None
     return max(1, tiles * kv_heads * splits // (4 * SMS))
 
@@ -342,7 +343,7 @@ def _decode(q, k_pages, v_pages, ragged, run, **options):
     meta = jnp.stack([jnp.arange(tokens), jnp.maximum(position, 0), jnp.zeros_like(position), position], 1).astype(jnp.int32)
     if run == "auto":
         splits = pl.cdiv(ragged.block_tables.shape[1] * k_pages.shape[1], split_length(width))
-        run = _wanted_run(tokens, kv_heads, splits)
+        run = _wanted_run(tokens, kv_heads, splits, rows * width * 4)
     # The division by a tile's row count puts all rows at the token's own position.
     out = _launch(tiles, k_pages, v_pages, ragged.block_tables, meta, group_size=ROWS * pl.cdiv(rows, ROWS), heads_first=True,
                   run=run, **options)
