@@ -48,7 +48,8 @@ class LoadBenchmark:
 def load_benchmark(path: str | os.PathLike, load_format: str = "auto", *, repeats: int = 3, cold: bool = False) -> LoadBenchmark:
     """The LoadBenchmark of every tensor at `path`, loaded to JAX's default device exactly as `load_params` does.
 
-    Load and read alternate `repeats` times; the read takes one file after another, front to back, into memory.
+    Load and read alternate `repeats` times, in turn one and the other first; the read takes one file after another,
+    front to back, into memory.
     `cold` asks the kernel to forget the files before each (posix_fadvise); otherwise one scan warms them first.
     """
     if repeats < 1:
@@ -59,11 +60,14 @@ def load_benchmark(path: str | os.PathLike, load_format: str = "auto", *, repeat
         tensors = {name: tensor for name, tensor in checkpoint.items() if jax.dtypes.canonicalize_dtype(tensor.dtype) == tensor.dtype}
         if not cold:
             _scan(files)
-        before, reads, loads, scans, peak = _peak_bytes(), [], [], [], 0
-        for _ in range(repeats):
-            loads.append(_timed(lambda: _load(checkpoint, tensors), files, cold))
-            peak = peak or _peak_bytes() - before  # of the first load: the read has its own
-            reads.append(_timed(lambda: _read(files), files, cold))
+        before, reads, loads, scans, peak = _level_bytes(), [], [], [], 0
+        load = (lambda: _load(checkpoint, tensors), loads)
+        read = (lambda: _read(files), reads)
+        for repeat in range(repeats):
+            # The order alternates: whoever comes second finds the memory that the first gave back.
+            for action, seconds in (load, read) if repeat % 2 == 0 else (read, load):
+                seconds.append(_timed(action, files, cold))
+                peak = peak or _peak_bytes() - before  # of the first load: the read has its own
             scans.append(_timed(lambda: _scan(files), files, cold))
         size, loaded = sum(file.stat().st_size for file in files), sum(tensor.nbytes for tensor in tensors.values())
         stored = sum({tensor.identity: tensor.nbytes for tensor in tensors.values()}.values())
@@ -80,7 +84,7 @@ def load_benchmark(path: str | os.PathLike, load_format: str = "auto", *, repeat
             ratio=statistics.median(read * stored / (load * size) for read, load in zip(reads, loads, strict=True)),
             repeats=repeats,
             cold=cold,
-            host_peak_bytes=peak,
+            host_peak_bytes=max(peak, 0),
         )
 
 
@@ -106,14 +110,16 @@ def _data_files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _read(files: list[Path]) -> None:
+    # In blocks the size of large tensors, so that the allocator recycles memory between repeats as it does for a load.
     kept = []
     for file in files:
-        content = memoryview(np.empty(file.stat().st_size, np.uint8))
         with open(file, "rb", buffering=0) as handle:
-            position = 0
-            while count := handle.readinto(content[position : position + READ_BYTES]):
-                position += count
-        kept.append(content)
+            left = file.stat().st_size
+            while left > 0:
+                block = np.empty(min(READ_BYTES, left), np.uint8)
+                count = handle.readinto(block)
+                kept.append(block)
+                left = left - count if count else 0
 
 
 def _scan(files: list[Path]) -> None:
@@ -135,7 +141,24 @@ def _timed(action, files: list[Path], cold: bool) -> float:
     return time.perf_counter() - start
 
 
+def _level_bytes() -> int:
+    """Resident memory now, from which the next peak is counted; where the kernel allows, the peak so far is forgotten."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_bytes("VmRSS")
+    except (OSError, LookupError):
+        return _peak_bytes()
+
+
 def _peak_bytes() -> int:
-    """The most memory this process has had resident; Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The most memory this process has had resident; getrusage counts in KiB on Linux and in bytes on macOS."""
+    try:
+        return _status_bytes("VmHWM")  # getrusage's maximum outlives exec, and may be that of a parent
+    except (OSError, LookupError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status_bytes(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024

@@ -17,6 +17,7 @@ from jaxllm.errors import CheckpointError, UnsupportedError
 # A tensor of a state dict takes about 25 opcodes and 150 bytes: this is room for 400k tensors, and one gigabyte of
 # the smallest Python objects at worst.
 MAX_OPCODES = 10_000_000
+MAX_BYTES = 256 << 20
 MAX_NAME_BYTES = 4096
 _MARK = object()
 
@@ -52,14 +53,18 @@ def read_pickle(
 
 class _Machine:
     def __init__(self, data, start, allowed, where, load_persistent):
-        self.data, self.position = data, start
+        # A memoryview: indexing it costs a tenth of slicing an array, and a large model's pickle has millions of opcodes.
+        self.data, self.position, self.end = memoryview(data), start, min(data.size, start + MAX_BYTES)
         self.allowed, self.where, self.load_persistent = allowed, where, load_persistent
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
 
     def run(self) -> object:
         for _ in range(MAX_OPCODES):
-            code = self.take(1)[0]
+            if self.position >= self.end:
+                raise self.ended()
+            code = self.data[self.position]
+            self.position += 1
             if code == 0x2E:  # STOP
                 if len(self.stack) != 1 or self.stack[0] is _MARK:
                     raise ValueError("it ends with other than one value")
@@ -72,20 +77,25 @@ class _Machine:
 
     def take(self, count: int) -> bytes:
         end = self.position + count
-        if end > self.data.size:
-            raise Truncated
+        if end > self.end:
+            raise self.ended()
         taken = self.data[self.position : end].tobytes()
         self.position = end
         return taken
+
+    def ended(self) -> Exception:
+        if self.end == self.data.nbytes:
+            return Truncated()
+        return CheckpointError(f"{self.where} holds a pickle of more than {MAX_BYTES} bytes, which is refused")
 
     def number(self, width: int, signed: bool = False) -> int:
         return int.from_bytes(self.take(width), "little", signed=signed)
 
     def line(self) -> str:
-        window = self.data[self.position : self.position + MAX_NAME_BYTES].tobytes()
+        window = self.data[self.position : min(self.position + MAX_NAME_BYTES, self.end)].tobytes()
         end = window.find(b"\n")
         if end < 0 and len(window) < MAX_NAME_BYTES:
-            raise Truncated
+            raise self.ended()
         if end < 0:
             raise ValueError(f"a name of more than {MAX_NAME_BYTES} bytes")
         self.position += end + 1

@@ -1,13 +1,11 @@
 """Tensors of a torch file in the zip format (torch 1.6 and later): data.pkl describes them, data/<key> holds storages."""
 
 from jaxllm.checkpoint.mapped import LazyTensor, MappedFile, brief
-from jaxllm.checkpoint.pickles import read_pickle
+from jaxllm.checkpoint.pickles import MAX_BYTES, read_pickle
 from jaxllm.checkpoint.torch_objects import ALLOWED, storage_ref, tensors_of
 from jaxllm.checkpoint.torch_view import StorageBytes, lazy_tensor
 from jaxllm.checkpoint.zipmap import Member, member_bytes, read_members
 from jaxllm.errors import CheckpointError, UnsupportedError
-
-MAX_PICKLE_BYTES = 256 << 20  # a tensor's description takes about 150 bytes
 
 
 def read_torch_zip(mapped: MappedFile) -> dict[str, LazyTensor]:
@@ -20,8 +18,8 @@ def read_torch_zip(mapped: MappedFile) -> dict[str, LazyTensor]:
         raise UnsupportedError(f"{where} is a TorchScript archive (it holds code); save the model's state_dict() with torch.save")
     if len(pickles) != 1:
         raise CheckpointError(f"{where} is a zip file with {len(pickles)} data.pkl; a torch checkpoint has one")
-    if members[pickles[0]].size > MAX_PICKLE_BYTES:
-        raise CheckpointError(f"{where} has a data.pkl of {members[pickles[0]].size} bytes; at most {MAX_PICKLE_BYTES} are allowed")
+    if members[pickles[0]].size > MAX_BYTES:
+        raise CheckpointError(f"{where} has a data.pkl of {members[pickles[0]].size} bytes; at most {MAX_BYTES} are allowed")
     big_endian = _is_big_endian(mapped, members.get(f"{prefix}byteorder"))
 
     def load_persistent(saved: object) -> object:
