@@ -207,6 +207,8 @@ class LLM:
                 yield spaced
 
     def _run(self, prompts, sampling_params, use_tqdm, on_delta) -> list[RequestOutput]:
+        if self.params is None:
+            raise UsageError("this LLM is closed; make a new one")
         params = self._params(sampling_params, len(prompts))
         call = next(self._calls)
         lives: dict[str, _Live] = {}

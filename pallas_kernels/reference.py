@@ -7,6 +7,8 @@ fused multiply-adds over chunks of 1024, the chunks added in ascending order. Wh
   one row (T == 1), which XLA emits as a loop of its own;
   w stored [K, N], for small T;
   a `reduce`, which changes its tree at a few thousand elements. So norms and softmax sums are products with ones.
+XLA also hands what stands beside a product or a large `reduce` to that library, whose `exp` rounds differently from
+XLA's own. So products and maxima stand between optimization barriers: whatever the shape, all else is compiled by XLA.
 Attention follows the split law: the context is cut at multiples of SPLIT, each split has its own (max, sum, acc),
 splits are merged in ascending order, and a split that a row does not see adds an exact zero.
 """
@@ -39,9 +41,9 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     rows = x.shape[0]
     if rows == 1:
         x = jnp.concatenate([x, x])
-    out = lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=_precision(x.dtype),
+    out = lax.dot_general(lax.optimization_barrier(x), w, (((1,), (1,)), ((), ())), precision=_precision(x.dtype),
                           preferred_element_type=jnp.float32)
-    return out[:rows]
+    return lax.optimization_barrier(out)[:rows]
 
 
 def _product_of_one_row(x: jax.Array, w: jax.Array, chains: int = 4) -> jax.Array:
@@ -80,6 +82,11 @@ def row_sum(x: jax.Array) -> jax.Array:
     return _product(x.reshape(-1, x.shape[-1]), ones)[:, 0].reshape(x.shape[:-1])
 
 
+def row_max(x: jax.Array) -> jax.Array:
+    """The largest of each row [..., K] -> [..., 1]."""
+    return lax.optimization_barrier(x.max(-1, keepdims=True))
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x [..., D] divided by its root mean square and scaled by weight [D], computed in float32, in x's dtype."""
     wide = x.astype(jnp.float32)
@@ -89,8 +96,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 def log_sum_exp(x: jax.Array) -> jax.Array:
     """log(sum(exp(x))) over the last axis of float32 x [..., V] -> [...]."""
-    top = x.max(-1)
-    return top + jnp.log(row_sum(jnp.exp(x - top[..., None])))
+    top = row_max(x)
+    return top[..., 0] + jnp.log(row_sum(jnp.exp(x - top)))
 
 
 def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, gate_bias=None, up_bias=None,
@@ -159,7 +166,8 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
         k = k_pages[pages].reshape(n, SPLIT, kv_heads, width)
         v = v_pages[pages].reshape(n, SPLIT, kv_heads, width)
         score = jnp.einsum("nkmh,nlkh->nkml", tiles, k, precision=_precision(q.dtype),
-                           preferred_element_type=jnp.float32) * scale
+                           preferred_element_type=jnp.float32)
+        score = lax.optimization_barrier(score) * scale
         if softcap is not None:
             score = jnp.tanh(score / softcap) * softcap
         seen_position = i * SPLIT + jnp.arange(SPLIT)
@@ -167,14 +175,17 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
         if window is not None:
             seen &= seen_position > row_position - window
         score = jnp.where(seen, score, MASKED)
-        own_top = score.max(-1, keepdims=True)
+        own_top = row_max(score)
         p = jnp.where(seen, jnp.exp(score - own_top), 0.0)
         own_total = row_sum(p)[..., None]
-        own_acc = jnp.einsum("nkml,nlkh->nkmh", p.astype(v.dtype), v, precision=_precision(v.dtype),
-                             preferred_element_type=jnp.float32)
+        own_acc = lax.optimization_barrier(jnp.einsum(
+            "nkml,nlkh->nkmh", lax.optimization_barrier(p.astype(v.dtype)), v, precision=_precision(v.dtype),
+            preferred_element_type=jnp.float32))
         new_top = jnp.maximum(top, own_top)
         old, own = jnp.exp(top - new_top), jnp.exp(own_top - new_top)
-        return new_top, total * old + own_total * own, acc * old + own_acc * own
+        # Of two products in a sum a compiler may fuse either with the addition, and chooses by shape: one is rounded before.
+        return (new_top, total * old + lax.optimization_barrier(own_total * own),
+                acc * old + lax.optimization_barrier(own_acc * own))
 
     shape = (n, kv_heads, rows)
     start = (jnp.full(shape + (1,), MASKED, jnp.float32), jnp.zeros(shape + (1,), jnp.float32),

@@ -116,7 +116,7 @@ def sampling_inputs(works: tuple[Work, ...], rows: int, vocab: int, config: Engi
     if tables:
         width = FEWEST_EDITS
         while width < max(map(len, tables.values())):
-            width *= 2
+            width *= 4  # each width is a program of its own
         _fill_tables(out, tables, rows, width, vocab)
     if masks:
         out.mask = np.full((rows, -(-vocab // 32)), 0xFFFFFFFF, np.uint32)

@@ -112,7 +112,7 @@ def apply_edits(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
 
 def truncate(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, kernels: Kernels) -> jax.Array:
     """scaled [S, V] with the tokens outside min_p, then top_k, then top_p of what is left, set to -inf."""
-    top = scaled.max(-1, keepdims=True)
+    top = lax.optimization_barrier(scaled.max(-1, keepdims=True))  # see pallas_kernels/reference.py
     scaled = jnp.where(scaled - top >= jnp.log(min_p)[:, None], scaled, BANNED)
     order = sortable(scaled)
     weight = jnp.exp(scaled - top)

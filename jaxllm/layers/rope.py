@@ -3,6 +3,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 import numpy as np
 
 from jaxllm.config import RopeSpec
@@ -13,11 +14,12 @@ def rotate(x: jax.Array, positions: jax.Array, spec: RopeSpec) -> jax.Array:
     """x [T, heads, H] with the first 2 * len(frequencies) widths of each head turned by its position [T]; x's dtype."""
     half = len(spec.frequencies)
     angle = positions.astype(jnp.float32)[:, None] * jnp.asarray(spec.frequencies, jnp.float32)
-    cos = (jnp.cos(angle) * spec.magnitude)[:, None]  # [T, 1, half]
-    sin = (jnp.sin(angle) * spec.magnitude)[:, None]
+    cos = jnp.tile(jnp.cos(angle) * spec.magnitude, 2)[:, None]  # [T, 1, 2 * half]
+    sin = jnp.tile(jnp.sin(angle) * spec.magnitude, 2)[:, None]
     wide = x[..., :2 * half].astype(jnp.float32)
-    first, second = wide[..., :half], wide[..., half:]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    # Of two products in a sum a compiler may fuse either with the addition, and chooses by shape: one is rounded before.
+    crossed = lax.optimization_barrier(jnp.concatenate([-wide[..., half:], wide[..., :half]], axis=-1) * sin)
+    turned = (wide * cos + crossed).astype(x.dtype)
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half:]], axis=-1)
 
 

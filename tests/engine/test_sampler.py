@@ -1,0 +1,136 @@
+"""The sampler against numpy: edits in vLLM's order, truncation without a sort, keys, reported logprobs."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine import batch, keys, sampler
+from jaxllm.engine.request import Request, Sequence
+from jaxllm.engine.sampler import Features
+from jaxllm.engine.scheduler import Work
+from jaxllm.engine.stop import banned_next
+from jaxllm.sampling_params import SamplingParams
+from pallas_kernels.dispatch import SERVING
+
+V = 64
+CONFIG = EngineConfig(max_model_len=64, max_num_seqs=8, max_num_batched_tokens=64, num_pages=8)
+
+
+def rows(*params, prompt=(1, 2, 3), output=(), **fields):
+    """One work item for each SamplingParams, ready to be sampled."""
+    works = []
+    for i, p in enumerate(params):
+        request = Request(str(i), tuple(prompt), p, seed=p.seed if p.seed is not None else i, max_total=64, **fields)
+        sequence = Sequence(request, 0, [*prompt, *output])
+        works.append(Work(sequence, 0, len(sequence.tokens), True, i, (0,), False))
+    return tuple(works)
+
+
+def draw(logits, works):
+    inputs, features = batch.sampling_inputs(works, logits.shape[0], logits.shape[1], CONFIG)
+    drawn, last = sampler.sample(jnp.asarray(logits), jnp.zeros(8, jnp.int32), jax.tree.map(jnp.asarray, inputs), features=features, kernels=SERVING)
+    return jax.tree.map(np.asarray, drawn), np.asarray(last), features
+
+
+@pytest.fixture
+def logits():
+    return np.random.default_rng(0).standard_normal((4, V)).astype(np.float32) * 2
+
+
+def test_greedy_takes_the_likeliest_and_writes_it_where_the_next_step_reads(logits):
+    drawn, last, features = draw(logits, rows(*[SamplingParams(temperature=0)] * 4))
+    assert features == Features()
+    assert drawn.tokens.tolist() == logits.argmax(-1).tolist() == last[:4].tolist()
+    assert drawn.logprobs is None
+
+
+def truncated_by_sort(scaled, k, p, m):
+    """What top_k, top_p and min_p keep, by sorting: min_p first, then k, then the smallest set that holds p of what is left."""
+    keep = np.exp(scaled - scaled.max()) >= m
+    order = [i for i in np.argsort(-scaled, kind="stable") if keep[i]][:k or None]
+    weight = np.exp(scaled[order].astype(np.float64) - scaled.max())
+    before = np.cumsum(weight) - weight
+    return {int(i) for i, b in zip(order, before) if b < p * weight.sum()}
+
+
+@pytest.mark.parametrize("k,p,m", [(0, 1.0, 0.0), (1, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.5, 0.0), (0, 0.01, 0.0), (0, 1.0, 0.1), (7, 0.8, 0.05), (V, 0.999, 0.0)])
+def test_truncation_keeps_what_a_sort_would(logits, k, p, m):
+    s = logits.shape[0]
+    kept = sampler.truncate(jnp.asarray(logits), jnp.full(s, k or V), jnp.full(s, p), jnp.full(s, m), SERVING)
+    for row, out in zip(logits, np.asarray(kept)):
+        assert {int(i) for i in np.flatnonzero(np.isfinite(out))} == truncated_by_sort(row, k, p, m)
+
+
+def test_tied_tokens_are_kept_together():
+    logits = np.zeros((1, V), np.float32)
+    logits[0, :3] = 1.0
+    kept = sampler.truncate(jnp.asarray(logits), jnp.array([1]), jnp.ones(1), jnp.zeros(1), SERVING)
+    assert np.flatnonzero(np.isfinite(np.asarray(kept)[0])).tolist() == [0, 1, 2]
+
+
+def test_draws_follow_the_softmax():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    n = 20_000
+    noise = keys.gumbel(keys.draw_keys(jnp.tile(jnp.asarray(keys.seed_words(3)), (n, 1)), jnp.zeros(n, jnp.int32), jnp.arange(n)), 4)
+    counts = np.bincount(np.asarray((logits + noise).argmax(-1)), minlength=4) / n
+    # 4 standard deviations of a proportion over 20000 draws
+    assert np.abs(counts - np.exp(logits)).max() < 4 * np.sqrt(0.25 / n)
+
+
+def test_a_draw_depends_on_seed_choice_and_position_and_on_nothing_else():
+    def noise(seed, choice, position):
+        return np.asarray(keys.gumbel(keys.draw_keys(jnp.asarray(keys.seed_words(seed))[None], jnp.array([choice]), jnp.array([position])), 8))[0]
+
+    base = noise(5, 0, 9)
+    assert (base == noise(5, 0, 9)).all()
+    for other in (noise(6, 0, 9), noise(5, 1, 9), noise(5, 0, 10), noise(5 + 2**32, 0, 9), noise(-5, 0, 9)):
+        assert (base != other).all()
+    expected = jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 0), 9), (8,))
+    assert (base == np.asarray(expected)).all()
+
+
+def test_penalties_bias_and_bans_in_their_order(logits):
+    p = SamplingParams(temperature=0, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={9: 2.0}, logprobs=0)
+    works = rows(p, prompt=(1, 2), output=(5, 5, 9), banned=((5, 9, 11), (3,), (9, 12), (5, 13)))
+    table = batch.edit_table(works[0].sequence)
+    expected = logits[0].astype(np.float64)
+    expected[9] += 2.0
+    expected[[11, 3, 12]] = -np.inf  # 13 stands behind 5, and the text ends with 9
+    for token in (1, 2, 5, 9):
+        expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
+    expected[5] -= 0.25 * 2 + 0.5
+    expected[9] -= 0.25 + 0.5
+    inputs, _ = batch.sampling_inputs(works, 4, V, CONFIG)
+    edited = np.asarray(sampler.apply_edits(jnp.asarray(logits), jax.tree.map(jnp.asarray, inputs)))
+    np.testing.assert_allclose(edited[0], expected, rtol=1e-6)
+    assert (edited[1:] == logits[1:]).all()
+    assert set(table) == {1, 2, 3, 5, 9, 11, 12}
+
+
+def test_only_allowed_tokens_are_drawn_and_their_logprobs_are_the_models_own(logits):
+    p = SamplingParams(temperature=1.0, allowed_token_ids=[40, 7], seed=1, logprobs=2)
+    drawn, _, features = draw(logits, rows(p, SamplingParams(temperature=0)))
+    assert features.masked and drawn.tokens[0] in (7, 40)
+    assert drawn.tokens[1] == logits[1].argmax()
+    exact = logits[0].astype(np.float64) - np.log(np.exp(logits[0].astype(np.float64)).sum())
+    # float32 sums of 64 terms: 64 * 2**-24 relative
+    assert abs(drawn.logprobs[0] - exact[drawn.tokens[0]]) < 1e-5
+    assert drawn.ranks[0] == (logits[0] > logits[0, drawn.tokens[0]]).sum() + 1
+    assert drawn.top_ids[0][:2].tolist() == np.argsort(-logits[0])[:2].tolist()
+
+
+def test_ends_are_banned_until_min_tokens():
+    works = rows(SamplingParams(min_tokens=2, max_tokens=5), output=(8,), stop_ids=frozenset([4, 6]))
+    assert banned_next(works[0].sequence) == {4, 6}
+    works[0].sequence.tokens.append(9)
+    assert banned_next(works[0].sequence) == set()
+
+
+def test_a_row_draws_the_same_whatever_its_neighbours_need(logits):
+    plain = SamplingParams(temperature=0.9, seed=11)
+    alone, _, _ = draw(logits[:1], rows(plain))
+    crowd, _, features = draw(logits, rows(plain, SamplingParams(temperature=0.7, top_p=0.5), SamplingParams(repetition_penalty=2.0),
+                                           SamplingParams(allowed_token_ids=[3], logprobs=-1)))
+    assert features == Features(True, True, 16, True, V)
+    assert alone.tokens[0] == crowd.tokens[0]
