@@ -36,14 +36,16 @@ clean:
 
 # An environment is made once; it is installed again when pyproject.toml is newer than its stamp.
 .venv .venv-oldest .venv-compile:
-	python=$$(tools/find_python.sh) && "$$python" -m venv $@
+	@echo "making $@"; python=$$(tools/find_python.sh) && "$$python" -m venv $@ || { rm -rf $@; exit 1; }
 
 .venv/.installed: pyproject.toml | .venv
-	.venv/bin/python $(PIP) -e .
+	@echo "installing jaxllm into .venv: one to three minutes, once"
+	@.venv/bin/python $(PIP) -e .
 	@touch $@
 
 .venv/.installed-test: pyproject.toml | .venv
-	.venv/bin/python $(PIP) -e ".[test,train]"
+	@echo "installing jaxllm and its test tools into .venv: one to three minutes, once"
+	@.venv/bin/python $(PIP) -e ".[test,train]"
 	@touch .venv/.installed $@
 
 .venv-oldest/.installed: pyproject.toml Makefile | .venv-oldest
