@@ -144,6 +144,8 @@ def _put(fill: Fill, checkpoint: Checkpoint, want: jax.ShapeDtypeStruct, place: 
     # For the host, a buffer of our own: JAX on the CPU keeps an aligned numpy array as it is, and weights that alias a
     # file would change, or crash, with the file.
     out = aligned_empty(want.shape, want.dtype)
+    if len(sources) == 1 and first.dtype == want.dtype and not fill.chain and first.read_into(out):
+        return _place(place, fill.target, out, device)
     windows, steps = [out], fill.chain
     if steps and isinstance(steps[-1], Concat | Stack):
         steps, shapes = steps[:-1], [chain_shape(steps[:-1], [source.shape]) for source in sources]

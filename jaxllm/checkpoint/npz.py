@@ -94,4 +94,5 @@ def _tensor(
         offset=member.offset,
         read=read,
         drop=lambda: mapped.advise(member.offset, member.packed, "MADV_DONTNEED"),
+        span=None if member.deflated or fortran or dtype != native else (mapped, member.offset + start),
     )

@@ -152,6 +152,7 @@ def _entry(name: str, fields: object, mapped: MappedFile, data_start: int) -> tu
         offset=start,
         read=read,
         drop=lambda: mapped.advise(start, need, "MADV_DONTNEED"),
+        span=None if packed else (mapped, start),
     )
     return tensor, begin, end
 

@@ -66,4 +66,4 @@ def _storage(mapped: MappedFile, position: int, width: int, key: str) -> tuple[S
             f"{mapped.path} is truncated: storage {brief(key)} needs the bytes up to {end} and the file has {mapped.size}; fetch it again"
         )
     nbytes = end - start
-    return StorageBytes(start, nbytes, lambda: mapped.view(start, nbytes), lambda: mapped.advise(start, nbytes, "MADV_DONTNEED")), end
+    return StorageBytes(start, nbytes, lambda: mapped.view(start, nbytes), lambda: mapped.advise(start, nbytes, "MADV_DONTNEED"), mapped), end

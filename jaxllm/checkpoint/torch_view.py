@@ -6,19 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllm.checkpoint.mapped import LazyTensor, brief, checked_shape
+from jaxllm.checkpoint.mapped import LazyTensor, MappedFile, brief, checked_shape, count_bytes
 from jaxllm.checkpoint.torch_objects import TensorRecord
 from jaxllm.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class StorageBytes:
-    """Where a storage lies: `read()` gives its bytes as a uint8 array, `start` its first byte in the file."""
+    """Where a storage lies: `read()` gives its bytes as a uint8 array, `start` its first byte in the file `mapped`
+    (None if it is packed there)."""
 
     start: int
     nbytes: int
     read: Callable[[], np.ndarray]
     drop: Callable[[], None]
+    mapped: MappedFile | None = None
 
 
 def lazy_tensor(name: str, record: TensorRecord, storage: StorageBytes, file: Path, container: str, big_endian: bool = False) -> LazyTensor:
@@ -38,6 +40,10 @@ def lazy_tensor(name: str, record: TensorRecord, storage: StorageBytes, file: Pa
             f"{where} reaches byte {start + elements * itemsize} of its storage {brief(record.storage.key)}, which has {min(room, storage.nbytes)}; "
             "the file is damaged; fetch it again"
         )
+
+    # Row-major without gaps: then as many elements are spanned as there are, and strides never grow along the axes.
+    steps = [stride for size, stride in zip(shape, strides, strict=True) if size > 1]
+    is_dense = elements * itemsize == count_bytes(shape, record.dtype) and steps == sorted(steps, reverse=True)
 
     def read() -> np.ndarray:
         if not elements:
@@ -60,6 +66,7 @@ def lazy_tensor(name: str, record: TensorRecord, storage: StorageBytes, file: Pa
         offset=storage.start + start,
         read=read,
         drop=storage.drop,
+        span=(storage.mapped, storage.start + start) if storage.mapped and is_dense and not big_endian else None,
     )
 
 

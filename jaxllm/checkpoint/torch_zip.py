@@ -52,4 +52,5 @@ def _storage(mapped: MappedFile, member: Member) -> StorageBytes:
         member.size,
         lambda: member_bytes(mapped, member),
         lambda: mapped.advise(member.offset, member.packed, "MADV_DONTNEED"),
+        None if member.deflated else mapped,
     )

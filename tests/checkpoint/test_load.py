@@ -1,7 +1,9 @@
 """Every target is filled once and every source used or ignored by name; otherwise one error says all that is wrong."""
 
 import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -226,3 +228,25 @@ def test_dummy_norms_are_near_one_and_weights_near_zero():
     assert abs(float(params["layers"][0]["attn_norm"].mean()) - 1) < 0.01
     assert abs(float(params["layers"][0]["mlp"].astype(F32).std()) - 0.02) < 0.001
     assert abs(float(params["final_norm"]["bias"].mean())) < 0.01
+
+
+@pytest.mark.parametrize("name", ["views.pt", "views-legacy.pt", "views-deflated.pt", "views-big-endian.pt"])
+def test_every_view_is_loaded_as_it_reads(name):
+    data = Path(__file__).parents[1] / "data/pt"
+    with open_checkpoint(data / name) as checkpoint:
+        template = {key: sds(*lazy.shape) for key, lazy in checkpoint.items()}
+        params = load_params(checkpoint, [Rule(key, key) for key in checkpoint], template)
+        for key, lazy in checkpoint.items():
+            assert np.asarray(params[key]).tobytes() == lazy.numpy().tobytes(), key
+        straight = {key for key, lazy in checkpoint.items() if lazy.span is not None}
+    plain = {"base", "scalar", "scalar_of_base", "empty", "empty_strided"}
+    assert straight & {"transposed", "strided", "rows", "expanded", "channels_last"} == set()
+    assert straight >= plain - {"empty", "empty_strided"} if name in ("views.pt", "views-legacy.pt") else straight == set()
+
+
+def test_a_file_cut_while_it_is_open_is_an_error_of_ours(tmp_path):
+    save_file({"a": np.zeros(1 << 16, F32)}, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        os.truncate(tmp_path / "model.safetensors", 4096)
+        with pytest.raises(CheckpointError, match="became shorter"):
+            load_params(checkpoint, (Rule("a", "a"),), {"a": sds(1 << 16)})
