@@ -6,6 +6,7 @@ No code from a checkpoint ever runs.
 """
 import functools
 import hashlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,6 +164,9 @@ def _convert_older(folder: Path) -> tokenizers.Tokenizer:
     if not found:
         raise CheckpointError(f"{folder} has no tokenizer: looked for tokenizer.json, {', '.join(OLDER)}; copy the tokenizer's "
                               "files from the model's repository, or name another folder with tokenizer=")
+    if found[0].endswith(".model") and importlib.util.find_spec("sentencepiece") is None:
+        raise CheckpointError(f"reading {folder / found[0]} needs the package sentencepiece; `pip install sentencepiece protobuf`, "
+                              "or put the model's tokenizer.json beside it")
     from transformers import AutoTokenizer
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -180,3 +180,10 @@ def test_loading_a_tokenizer_json_imports_neither_transformers_nor_torch(tmp_pat
     script = (f"import sys; from jaxllm.text.tokenizer import load_tokenizer; t = load_tokenizer({str(tmp_path)!r}); "
               f"t.apply_chat({TALK!r}); print([m for m in ('transformers', 'torch', 'jax') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_sentencepiece_file_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    with pytest.raises(CheckpointError, match="pip install sentencepiece"):
+        load_tokenizer(tmp_path)
