@@ -7,6 +7,8 @@ _LAZY = {
     "RequestOutput": "jaxllm.outputs",
     "CompletionOutput": "jaxllm.outputs",
     "Logprob": "jaxllm.outputs",
+    "load_params": "jaxllm.functional",
+    "logprobs": "jaxllm.functional",
     "JaxllmError": "jaxllm.errors",
 }
 __all__ = sorted(_LAZY)

@@ -80,8 +80,12 @@ class LLM:
             max_model_len=length, max_num_seqs=seqs, num_pages=num_pages, page_size=page_size, seed=seed,
             max_num_batched_tokens=max(max_num_batched_tokens or defaults["max_num_batched_tokens"], seqs),
             enable_prefix_caching=enable_prefix_caching, max_logprobs=max_logprobs)
-        self.kernels = dispatch.choose(device.platform, getattr(device, "compute_capability", None), cfg.head_dim, weight,
-                                       page_size, want=kernels)
+        try:
+            self.kernels = dispatch.choose(device.platform, getattr(device, "compute_capability", None), cfg.head_dim, weight,
+                                           page_size, want=kernels)
+        except ValueError as e:
+            raise UsageError(str(e), "kernels") from e
+        log.info("kernels: %s (%s)", self.kernels.name, "; ".join(self.kernels.reasons))
         self._cache_dir = Path(compile_cache_dir).expanduser() if compile_cache_dir else None
         self._runner = Runner(cfg, params, self.config, self.kernels, compile_cache_dir=self._cache_dir)
         self._engine = Engine(self._runner, self.config)
@@ -301,6 +305,22 @@ class LLM:
         return table
 
     # -- housekeeping -----------------------------------------------------------------------------------------------
+
+    def update_params(self, params) -> None:
+        """Serves other weights of the same shapes from now on, without a recompile; what was cached of the old ones is forgotten."""
+        def shapes(tree):
+            return jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree)
+        try:
+            same = shapes(params) == shapes(self.params)
+        except (AttributeError, TypeError) as e:
+            raise UsageError(f"params is not a pytree of arrays: {e}", "params") from e
+        if not same:
+            raise UsageError("params differs in structure, shapes or dtypes from this LLM's; make a new LLM for another model", "params")
+        if self._engine.busy:
+            raise UsageError("requests are running; update the weights between calls", "params")
+        self._runner.params, self._replaced = params, True
+        self.__dict__.pop("fingerprint_parts", None)
+        self.reset_prefix_cache()
 
     def reset_prefix_cache(self) -> None:
         """Later requests compute their prompts afresh."""

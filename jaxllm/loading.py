@@ -99,7 +99,8 @@ def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf
         return LoadedModel(path, cfg, dummy_params(decoder.template(cfg, jnp.dtype(chosen)), seed, place=place), generation, ())
     with open_checkpoint(path, load_format) as checkpoint:
         chosen = dtype if dtype != "auto" else _usable(stated) or _commonest(checkpoint)
-        params = load_params(checkpoint, reader.RULES, decoder.template(cfg, jnp.dtype(chosen)), place=place)
+        params = load_params(checkpoint, reader.RULES, decoder.template(cfg, jnp.dtype(chosen)), place=place,
+                             map_location=pt_load_map_location)
         return LoadedModel(path, cfg, params, generation, tuple(Path(f) for f in checkpoint.files))
 
 

@@ -29,13 +29,6 @@ SERVING = Kernels("reference", _stream, partial(reference.gated_mlp, product=_st
                   reference.attend, reference.log_sum_exp, reference.row_sum)
 
 
-def choose(platform: str, compute_capability, head_dim: int, dtype, page_size: int, want: str = "auto") -> Kernels:
-    """The kernels for a device, with the reasons. `want="auto"` falls through; a named choice is strict (ValueError)."""
-    if want not in ("auto", "reference"):
-        raise ValueError(f"kernels={want!r} is not one of auto, reference")
-    return dataclasses.replace(SERVING, reasons=(f"reference: plain XLA on {platform}",))
-
-
 @cache
 def _mosaic() -> Kernels:
     """Hopper. Imported when chosen: a CPU never needs it."""

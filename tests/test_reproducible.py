@@ -6,10 +6,13 @@ import random
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+import jaxllm
 from jaxllm import LLM, SamplingParams
+from jaxllm.errors import UsageError
 from pallas_kernels import dispatch, reference
 from tests.tiny import CONFIG, VOCAB, make_folder
 
@@ -130,6 +133,37 @@ def test_identical_requests_without_a_seed_differ_and_repeat(folder):
     other, _ = run(folder, requests, max_num_seqs=4, max_model_len=64, seed=1)
     assert first == again
     assert len({str(f) for f in first + other}) == 5 or len({str(f) for f in first + other}) == 6
+
+
+@pytest.mark.parametrize("family,dtype", [("llama", "float32"), ("qwen3", "bfloat16")])
+def test_the_engines_logprobs_are_those_of_the_plain_function(folder, family, dtype):
+    with LLM(folder, load_format="dummy", dtype=dtype, hf_overrides=FAMILIES[family], max_num_seqs=4, max_model_len=64) as llm:
+        out = llm.generate("hello there", SamplingParams(max_tokens=30, temperature=1.0, logprobs=0, ignore_eos=True))[0]
+        ids = out.prompt_token_ids + out.outputs[0].token_ids
+        reported = [row[token].logprob for token, row in zip(out.outputs[0].token_ids, out.outputs[0].logprobs)]
+        cfg, params = llm.model_config, llm.params
+        plain = jaxllm.logprobs(llm, ids)
+        assert [float(x) for x in plain[len(out.prompt_token_ids):]] == reported
+        value, grads = jax.value_and_grad(lambda p: jaxllm.logprobs((cfg, p), ids).sum())(params)
+        assert float(value) == float(plain.sum())
+        assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads)) and any(bool(g.any()) for g in jax.tree.leaves(grads))
+
+
+def test_new_weights_are_served_without_a_recompile_and_without_old_prefixes(folder):
+    params = SamplingParams(max_tokens=6, temperature=0, logprobs=0, ignore_eos=True)
+    with LLM(folder, load_format="dummy", max_num_seqs=4, max_model_len=64) as llm:
+        first = llm.generate(list(range(40)), params)[0]
+        programs, fingerprint = llm._runner.compiled_programs(), llm.system_fingerprint
+        old = llm.params
+        llm.update_params(jax.tree.map(lambda a: a * 1.25, old))
+        second = llm.generate(list(range(40)), params)[0]
+        assert second.num_cached_tokens == 0 and second.outputs[0].cumulative_logprob != first.outputs[0].cumulative_logprob
+        assert llm.system_fingerprint != fingerprint
+        llm.update_params(old)
+        assert bits(llm.generate(list(range(40)), params)[0]) == bits(first)
+        assert llm._runner.compiled_programs() == programs
+        with pytest.raises(UsageError, match="shapes"):
+            llm.update_params(jax.tree.map(lambda a: a.astype(jnp.bfloat16), old))
 
 
 COMMAND = """

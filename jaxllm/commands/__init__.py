@@ -1,0 +1,1 @@
+"""The commands of the shell, one module for each group; `jaxllm.cli` puts them together."""

@@ -1,0 +1,117 @@
+"""`jaxllm generate`: write on from one prompt or many."""
+import json
+import sys
+
+from jaxllm.commands.options import add_model_options, make_llm
+from jaxllm.errors import UsageError
+
+DEFAULT_MAX_TOKENS = 256
+
+SAMPLING = {  # option -> (type, metavar, help); the SamplingParams field has the same name
+    "max-tokens": (int, "N", f"default: {DEFAULT_MAX_TOKENS}"), "min-tokens": (int, "N", "no end before so many"),
+    "temperature": (float, "T", "0: the likeliest token"), "top-p": (float, "P", None), "top-k": (int, "K", None),
+    "min-p": (float, "P", None), "repetition-penalty": (float, "R", None), "presence-penalty": (float, "X", None),
+    "frequency-penalty": (float, "X", None), "n": (int, "N", "independent choices"),
+    "logprobs": (int, "K", "report the K likeliest tokens (JSON)"), "prompt-logprobs": (int, "K", "the same for the prompt"),
+}
+
+
+def add_parser(commands, common) -> None:
+    """Adds the command to the parser."""
+    p = commands.add_parser("generate", parents=[common], allow_abbrev=False, help="write on from a prompt",
+                            description="Write on from one prompt or many. Sampling defaults are the model's own.")
+    p.add_argument("prompts", nargs="*", metavar="PROMPT")
+    p.add_argument("--prompts-file", metavar="F.jsonl|-", help="one JSON text or object with 'prompt' and sampling fields on each line")
+    group = p.add_argument_group("sampling")
+    for name, (kind, metavar, text) in SAMPLING.items():
+        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="write on past the end-of-text token")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s; every draw follows from it")
+    p.add_argument("--format", choices=["text", "json"], default="text", help="json: one object on each line, in the order given")
+    add_model_options(p)
+    p.set_defaults(run=run_generate)
+
+
+def run_generate(args) -> int:
+    """`jaxllm generate`."""
+    from jaxllm.prompts import PromptLine, read_prompts, sampling_of
+    from jaxllm.sampling_params import SamplingParams
+    if args.prompts_file and args.prompts:
+        raise UsageError("both PROMPT and --prompts-file are given; give one of them")
+    if args.prompts_file:
+        lines = read_prompts(args.prompts_file)
+    else:
+        lines = [PromptLine(text, None, {}, f"prompt {i}") for i, text in enumerate(args.prompts, 1)]
+    if not lines:
+        raise UsageError('no prompt; give one, as in: jaxllm generate "Once upon a time", or --prompts-file')
+    if any(line.prompt == "" for line in lines):
+        raise UsageError(f"{next(line.where for line in lines if line.prompt == '')}: the prompt is empty; give at least one character")
+    given = {name: getattr(args, name) for name in (*(n.replace("-", "_") for n in SAMPLING), "stop", "ignore_eos")}
+    given = {name: value for name, value in given.items() if value is not None}
+    for line in lines:
+        sampling_of(line, given)  # every line is checked before the model is loaded
+    with make_llm(args, seed=args.seed) as llm:
+        default = llm.get_default_sampling_params()
+        common = {name: getattr(default, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        common |= {"max_tokens": DEFAULT_MAX_TOKENS} | given
+        params = [sampling_of(line, common) for line in lines]
+        prompts = [_prompt_of(llm, line) for line in lines]
+        stream = _Streamer(args.prompts) if len(lines) == 1 and params[0].n == 1 and args.format == "text" and sys.stdout.isatty() else None
+        results = llm.generate(prompts, params, use_tqdm=stream is None and sys.stderr.isatty(), on_delta=stream)
+        if stream is not None:
+            stream.end()
+        elif args.format == "json":
+            for index, result in enumerate(results):
+                print(json.dumps(as_json(index, result), ensure_ascii=False))
+        else:
+            _print_texts(results)
+    return 0
+
+
+def _prompt_of(llm, line):
+    if line.messages is None:
+        return line.prompt
+    return {"prompt_token_ids": llm.get_tokenizer().apply_chat(line.messages)}
+
+
+class _Streamer:
+    """Writes new text to the terminal as it comes, after the prompt (on standard error: it is not a result)."""
+
+    def __init__(self, prompts):
+        self._prompt = prompts[0] if prompts else ""
+
+    def __call__(self, output, choice, delta):
+        if self._prompt:
+            print(f"\033[1m{self._prompt}\033[0m", end="", file=sys.stderr, flush=True)
+            self._prompt = ""
+        print(delta, end="", flush=True)
+
+    def end(self):
+        print(flush=True)
+
+
+def _print_texts(results) -> None:
+    several = len(results) > 1 or len(results[0].outputs) > 1
+    for index, result in enumerate(results):
+        for output in result.outputs:
+            if several:
+                print(f"--- {index}.{output.index}")
+            print(output.text)
+
+
+def as_json(index: int, result) -> dict:
+    """A result as the object that --format json prints."""
+    def table(row):
+        return None if row is None else {str(t): {"logprob": lp.logprob, "rank": lp.rank, "decoded_token": lp.decoded_token}
+                                         for t, lp in row.items()}
+    out = {
+        "index": index, "prompt": result.prompt, "prompt_token_ids": result.prompt_token_ids,
+        "outputs": [{"index": o.index, "text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason,
+                     "stop_reason": o.stop_reason, "logprobs": o.logprobs and [table(row) for row in o.logprobs],
+                     "cumulative_logprob": o.cumulative_logprob} for o in result.outputs],
+        "seed": result.seed, "system_fingerprint": result.system_fingerprint,
+    }
+    if result.prompt_logprobs is not None:
+        out["prompt_logprobs"] = [table(row) for row in result.prompt_logprobs]
+    return out
