@@ -153,6 +153,8 @@ def main() -> None:
     assert legacy[at] == 0x88
     files["views-legacy-big-endian-header.pt"] = legacy[:at] + b"\x89" + legacy[at + 1 :]
     files["single-tensor.pt"] = saved(torch.arange(5, dtype=torch.int16))
+    tiny_llama(folder)
+    # From here on torch believes that storages lie on two GPUs.
     torch.serialization.register_package(1, lambda storage: f"cuda:{len(storage) // 8 % 2}", lambda storage, location: None)
     files["cuda.pt"] = saved({"one": torch.arange(2.0), "zero": torch.arange(4.0)})
     files["cuda-legacy.pt"] = saved({"one": torch.arange(2.0), "zero": torch.arange(4.0)}, **old_format)
@@ -174,8 +176,6 @@ def main() -> None:
         (folder / "refused" / name).write_bytes(saved(value))
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(folder / "refused" / "torchscript.pt"))
     (folder / "expected.json").write_text(json.dumps(expected, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n")
-    tiny_llama(folder)
-
 
 if __name__ == "__main__":
     main()
