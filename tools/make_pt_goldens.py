@@ -177,5 +177,6 @@ def main() -> None:
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(folder / "refused" / "torchscript.pt"))
     (folder / "expected.json").write_text(json.dumps(expected, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
+
 if __name__ == "__main__":
     main()
