@@ -44,8 +44,12 @@ def resolve(model: str) -> Path:
         raise CheckpointError(f"the model folder {model} does not exist; give a folder, a Hugging Face id (name/name) or builtin:tales")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        folder = Path(snapshot_download(model, allow_patterns=wanted))
+        if not any(folder.glob("*.safetensors")):  # an older repository: the same weights as pickles, which we read safely
+            folder = Path(snapshot_download(model, allow_patterns=[*wanted, "*.bin"]))
+        return folder
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as e:
         raise CheckpointError(f"{model} is neither a folder here nor a model that the Hugging Face hub gives "
                               f"({type(e).__name__}); check the name, or fetch it and give its folder") from e
