@@ -1,6 +1,9 @@
 """Speed and memory of this machine, measured: never a test, always with the machine's own ceiling from the same run."""
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import threading
 import time
 
@@ -28,9 +31,14 @@ def read_bandwidth(threads: int, passes: int = 5) -> float:
     return statistics.median(rates)
 
 
+def machine_bandwidth() -> float:
+    """`read_bandwidth` of all usable cores, in a process of its own, so that its arrays do not count as ours."""
+    code = f"from jaxllm.bench import read_bandwidth; print(read_bandwidth({usable_cores()}))"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
-    import os
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -59,10 +67,10 @@ def generation(llm, what: str, *, count: int, input_len: int, output_len: int, r
     seconds(output_len)
     first_run = time.perf_counter() - start
     seconds(1)
-    before = read_bandwidth(usable_cores())
+    before = machine_bandwidth()
     first = statistics.median(seconds(1) for _ in range(runs))
     full = statistics.median(seconds(output_len) for _ in range(runs))
-    bandwidth = statistics.median([before, read_bandwidth(usable_cores())])
+    bandwidth = statistics.median([before, machine_bandwidth()])
     steps = max(output_len - 1, 1)
     step_s = (full - first) / steps if output_len > 1 else None
     weights = weight_bytes(llm.params)

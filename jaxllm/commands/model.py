@@ -17,7 +17,8 @@ def add_parsers(commands, common) -> None:
 
 def _bench_parser(commands, common) -> None:
     p = commands.add_parser("bench", parents=[common], allow_abbrev=False, help="measure speed and memory on this machine")
-    p.add_argument("what", choices=["throughput", "latency"], help="throughput: many requests at once; latency: one batch, step by step")
+    p.add_argument("what", choices=["throughput", "latency", "load"],
+                   help="throughput: many requests at once; latency: one batch; load: weights to the device, beside a plain read")
     p.add_argument("--input-len", type=int, default=64, metavar="N", help="default: %(default)s")
     p.add_argument("--output-len", type=int, default=64, metavar="N", help="default: %(default)s")
     p.add_argument("--num-prompts", type=int, default=16, metavar="N", help="throughput: requests (default: %(default)s)")
@@ -35,6 +36,14 @@ def run_bench(args) -> int:
     for name in ("input_len", "output_len", "num_prompts", "batch_size", "runs"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}; it must be at least 1")
+    if args.what == "load":
+        from dataclasses import asdict
+
+        from jaxllm.checkpoint.benchmark import load_benchmark
+        from jaxllm.loading import resolve
+        report = asdict(load_benchmark(resolve(args.model), args.load_format, repeats=args.runs))
+        print(json.dumps(report) if args.format == "json" else bench.table(report))
+        return 0
     with make_llm(args, seed=args.seed, skip_tokenizer_init=True) as llm:
         count = args.num_prompts if args.what == "throughput" else args.batch_size
         report = bench.generation(llm, args.what, count=count, input_len=args.input_len, output_len=args.output_len, runs=args.runs)
