@@ -6,6 +6,7 @@
 Families differ in `ModelConfig` and in their weight rules. The same `forward` trains, serves, and is differentiated.
 """
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -92,18 +93,25 @@ def _attention(cfg: ModelConfig, spec: LayerSpec, p: Layer, x, k_pages, v_pages,
     return linear(p.o, out.reshape(tokens, -1), kernels), k_pages, v_pages
 
 
+# A function of its own for jit, so that equal layers are traced and lowered once; XLA puts it in line again.
+@partial(jax.jit, static_argnames=("cfg", "spec", "kernels"))
+def _layer(p: Layer, x, k_pages, v_pages, ragged: Ragged, *, cfg: ModelConfig, spec: LayerSpec, kernels: Kernels):
+    """One layer: x [T, D] and the layer's pages -> the same, with the layer's output added and its keys and values written."""
+    out, k_pages, v_pages = _attention(cfg, spec, p, kernels.rms_norm(x, p.attention_norm, cfg.norm_eps),
+                                       k_pages, v_pages, ragged, kernels)
+    x = x + out
+    normed = kernels.rms_norm(x, p.mlp_norm, cfg.norm_eps)
+    hidden = kernels.gated_mlp(normed, p.gate.weight, p.up.weight, cfg.activation, gate_bias=p.gate.bias, up_bias=p.up.bias)
+    return x + linear(p.down, hidden, kernels), k_pages, v_pages
+
+
 def forward(cfg: ModelConfig, params: Decoder, cache: KVCache, tokens: jax.Array, ragged: Ragged, *,
             kernels: Kernels = REFERENCE) -> tuple[jax.Array, KVCache]:
     """Hidden states [T, D] after the last norm for tokens int32 [T], and the cache with their keys and values written."""
     x = params.embedding[tokens]
     k_cache, v_cache = [], []
     for spec, p, k_pages, v_pages in zip(cfg.layers, params.layers, cache.k, cache.v, strict=True):
-        out, k_pages, v_pages = _attention(cfg, spec, p, kernels.rms_norm(x, p.attention_norm, cfg.norm_eps),
-                                           k_pages, v_pages, ragged, kernels)
-        x = x + out
-        normed = kernels.rms_norm(x, p.mlp_norm, cfg.norm_eps)
-        x = x + linear(p.down, kernels.gated_mlp(normed, p.gate.weight, p.up.weight, cfg.activation,
-                                                 gate_bias=p.gate.bias, up_bias=p.up.bias), kernels)
+        x, k_pages, v_pages = _layer(p, x, k_pages, v_pages, ragged, cfg=dataclasses.replace(cfg, layers=()), spec=spec, kernels=kernels)
         k_cache.append(k_pages)
         v_cache.append(v_pages)
     return kernels.rms_norm(x, params.norm, cfg.norm_eps), KVCache(tuple(k_cache), tuple(v_cache))
