@@ -78,12 +78,18 @@ def _empty(width):
 
 
 def _merged(state, own):
-    """The state of a context followed by one more split: the one place where splits are put together."""
-    top, total, acc = state
-    own_top, own_total, own_acc = own
-    new_top = jnp.maximum(top, own_top)
-    old, new = jnp.exp2(top - new_top), jnp.exp2(own_top - new_top)
-    return new_top, total * old + own_total * new, acc * _across(old, acc) + own_acc * _across(new, acc)
+    """The state of a context followed by one more split: the one place where splits are put together.
+
+    The part with the smaller maximum is scaled down and the other stays: one product in each sum. Of two a compiler may
+    fuse either with the addition, and the two schedules are two kernels.
+    """
+    (top, total, acc), (own_top, own_total, own_acc) = state, own
+    later = own_top > top
+    factor = jnp.exp2(jnp.where(later, top - own_top, own_top - top))
+    total = jnp.where(later, own_total, total) + jnp.where(later, total, own_total) * factor
+    wide = _across(later, acc)
+    acc = jnp.where(wide, own_acc, acc) + jnp.where(wide, acc, own_acc) * _across(factor, acc)
+    return jnp.maximum(top, own_top), total, acc
 
 
 def _normalised(state):
@@ -362,7 +368,8 @@ def _prefill(q, k_pages, v_pages, ragged, rows, **options):
     # sum(ceil(count * group / rows)) for counts that add up to at most `tokens`
     n = (tokens * group + min(sequences, tokens) * (rows - 1)) // rows
     tile = jnp.arange(n)
-    owner = jnp.searchsorted(after, tile, side="right").clip(0, sequences - 1)
+    # compare_all: the default searches in a loop, and a loop would cut the step's command buffer in two
+    owner = jnp.searchsorted(after, tile, side="right", method="compare_all").clip(0, sequences - 1)
     first_row = (tile - (after - tiles_of)[owner]) * rows  # [n], in its sequence
     row = first_row[:, None] + jnp.arange(rows)
     held = (row < count[owner][:, None] * group) & (tile < after[-1])[:, None]
@@ -374,7 +381,7 @@ def _prefill(q, k_pages, v_pages, ragged, rows, **options):
     meta = jnp.stack([owner, ragged.positions[token], first_row % group, last], 1).astype(jnp.int32)
     out = _launch(tiles, k_pages, v_pages, ragged.block_tables, meta, group_size=group, heads_first=False, run=None, **options)
     token = jnp.arange(tokens)
-    sequence = jnp.searchsorted(ragged.query_start[1:], token, side="right").clip(0, sequences - 1)
+    sequence = jnp.searchsorted(ragged.query_start[1:], token, side="right", method="compare_all").clip(0, sequences - 1)
     place = ((after - tiles_of)[sequence] * rows + (token - start[sequence]) * group)[:, None] + jnp.arange(group)  # [T, G]
     return out.reshape(n * rows, kv_heads, width)[place].swapaxes(1, 2).reshape(tokens, heads, width)
 
