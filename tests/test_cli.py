@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from jaxllm import cli
@@ -24,7 +26,7 @@ def run(capsys, folder, tmp_path):
     """Runs a command in this process: (exit status, standard output, standard error)."""
     def call(*args):
         model = ["--model", folder, "--load-format", "dummy", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"]
-        options = [*model, "--compile-cache-dir", "off"] if args and args[0] in ("generate", "bench", "fingerprint") and "--model" not in args else []
+        options = [*model, "--compile-cache-dir", "off"] if args and args[0] in ("generate", "bench", "fingerprint", "verify") and "--model" not in args else []
         status = cli.main([*args, *options])
         out, err = capsys.readouterr()
         return status, out, err
@@ -129,6 +131,44 @@ def test_fingerprint_prints_its_parts(run):
     status, out, _ = run("fingerprint", "--format", "json")
     parts = json.loads(out)
     assert status == 0 and {"system_fingerprint", "jax", "jaxlib", "dtype", "kernels", "weights", "tokenizer"} <= set(parts)
+
+
+@pytest.fixture
+def log(run, tmp_path):
+    path = tmp_path / "log.jsonl"
+    status, out, _ = run("generate", "a", "bc", "def", "--max-tokens", "6", "--temperature", "0.9", "--top-p", "0.9", "--format", "json", "--record", str(path))
+    assert status == 0 and all(json.loads(line)["outputs"][0]["logprobs"] is None for line in out.splitlines())
+    return path
+
+
+def test_a_record_is_verified_in_any_company_and_a_changed_bit_is_found(run, log):
+    status, out, err = run("verify", str(log), "--batch-sizes", "1,3", "--shuffle")
+    assert status == 0 and err == "" and len(out.splitlines()) == 3 and out.count("none") == 2
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    value = float.fromhex(rows[1]["outputs"][0]["logprobs"][2])
+    rows[1]["outputs"][0]["logprobs"][2] = np.nextafter(np.float32(value), np.float32(0)).item().hex()
+    log.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    status, out, _ = run("verify", str(log))
+    assert status == 1 and "line 2, choice 0, token 2" in out
+
+
+def test_another_fingerprint_is_said_and_compared_all_the_same(run, log):
+    log.write_text(log.read_text().replace(jax.__version__, "0.1.2").replace('"jaxllm-', '"other-'))
+    status, out, err = run("verify", str(log))
+    assert status == 0 and "never promised" in err and "0.1.2 then" in err
+
+
+def test_a_log_cut_off_in_a_line_loses_only_that_line(run, log):
+    log.write_text(log.read_text()[:-40])
+    status, out, err = run("verify", str(log))
+    assert status == 0 and ":3: cut off" in err and " 2 " in out
+
+
+@pytest.mark.parametrize("old,new,words", [('"version": 1', '"version": 9', [":1", "version", "9"]), ('"seed"', '"sead"', [":1", "sead"]),
+                                           ('"top_p"', '"top_pp"', [":1", "top_pp"]), ("{", "[", [":1", "JSON"])])
+def test_a_log_that_is_not_ours_is_refused_by_line_and_field(run, log, old, new, words):
+    log.write_text(log.read_text().replace(old, new, 1))
+    refused(run("verify", str(log)), 2, *words)
 
 
 def command(folder, *more):

@@ -1,4 +1,5 @@
 """`jaxllm generate`: write on from one prompt or many."""
+import dataclasses
 import json
 import sys
 
@@ -29,6 +30,7 @@ def add_parser(commands, common) -> None:
     group.add_argument("--ignore-eos", action="store_true", default=None, help="write on past the end-of-text token")
     group.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s; every draw follows from it")
     p.add_argument("--format", choices=["text", "json"], default="text", help="json: one object on each line, in the order given")
+    p.add_argument("--record", metavar="LOG.jsonl", help="write each request and its bits here, for `jaxllm verify`")
     add_model_options(p)
     p.set_defaults(run=run_generate)
 
@@ -58,7 +60,12 @@ def run_generate(args) -> int:
         params = [sampling_of(line, common) for line in lines]
         prompts = [_prompt_of(llm, line) for line in lines]
         stream = _Streamer(args.prompts) if len(lines) == 1 and params[0].n == 1 and args.format == "text" and sys.stdout.isatty() else None
+        asked = params
+        if args.record:  # a record holds logprobs whether they were asked for or not
+            params = [p if p.logprobs is not None else dataclasses.replace(p, logprobs=0) for p in params]
         results = llm.generate(prompts, params, use_tqdm=stream is None and sys.stderr.isatty(), on_delta=stream)
+        if args.record:
+            _record(args.record, llm, asked, results)
         if stream is not None:
             stream.end()
         elif args.format == "json":
@@ -67,6 +74,20 @@ def run_generate(args) -> int:
         else:
             _print_texts(results)
     return 0
+
+
+def _record(path: str, llm, asked, results) -> None:
+    """Appends the requests to the log, and takes off the results what was not asked for."""
+    from jaxllm.record import entry
+    try:
+        with open(path, "a", encoding="utf-8") as log:
+            for index, (params, result) in enumerate(zip(asked, results, strict=True)):
+                log.write(json.dumps(entry(index, llm, params, result)) + "\n")
+    except OSError as e:
+        raise UsageError(f"cannot write the log {path}: {e.strerror}") from e
+    for params, result in zip(asked, results, strict=True):
+        for output in result.outputs if params.logprobs is None else ():
+            output.logprobs = output.cumulative_logprob = None
 
 
 def _prompt_of(llm, line):
