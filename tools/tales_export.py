@@ -69,9 +69,11 @@ def model_card(config, parameters: int, card: dict) -> str:
     run, log = card["run"], card["log"]
     return CARD.format(
         parameters=parameters, layers=config["num_hidden_layers"], width=config["hidden_size"], mlp=config["intermediate_size"],
+        long_percent=run["long_percent"],
         heads=config["num_attention_heads"], kv=config["num_key_value_heads"], head=config["head_dim"],
         vocab=config["vocab_size"], context=config["max_position_embeddings"], end=END, books=books, rows="\n".join(rows),
-        tales=card["tales"], tokens=card["tokens"], hash=card["sha256"], steps=int(log["steps"]), best=int(log["best_step"]),
+        tales=card["tales"], tokens=card["tokens"], hash=card["sha256"], steps=int(log["steps"]),
+        best=int(log["best_step"]), done=int(log["step"]),
         batch=run["batch_tokens"], short=run["rows"][0], long=run["rows"][1], seed=run["seed"], peak=run["peak"],
         epochs=int(log["best_step"]) * run["batch_tokens"] / card["tokens"], minutes=float(log["seconds"]) / 60,
         held="` and `".join(card["held_out"]), temperature=GENERATION["temperature"], top_p=GENERATION["top_p"])
@@ -123,12 +125,14 @@ in float32, in separate windows of {long} tokens:
     pip install -e ".[train]"
     python tools/train_tales.py --corpus FOLDER_OF_BOOKS --steps {steps} --seed {seed} --peak {peak}
 
-{steps} steps of {batch:,} tokens in rows of {short}, the last quarter in rows of {long}; Muon for the layers' matrices, AdamW for
-the embedding and the norms; the rate rises to {peak}, stays there, and falls over the last third as a cosine to a twentieth;
-weight decay 0.1, gradients clipped to norm 1, no dropout. The step with the lowest loss on a sample of the held-out books is
-kept, here step {best}, after {epochs:.1f} passes over the text and {minutes:.0f} minutes on 2 shared CPU cores; that choice is all
-that those books influenced. They are `{held}`.
-The loss goes through `jaxllm.models.decoder.forward`, the function that serves.
+{steps} steps of {batch:,} tokens in rows of {short}, the last {long_percent} % in rows of {long}; Muon for the layers' matrices,
+AdamW for the embedding and the norms; the rate rises to {peak}, stays there, and falls over the last third as a cosine to a
+twentieth; weight decay 0.1, gradients clipped to norm 1, no dropout. The step with the lowest loss on a sample of the
+held-out books is kept, here step {best} ({done} of the {steps} were run), after {epochs:.1f} passes over the text and
+{minutes:.0f} minutes on a share of 2 CPU cores. That choice and the choice of Muon are all that those books influenced. They are
+`{held}`.
+The loss goes through `jaxllm.models.decoder.forward`, the function that serves. More steps would still lower the loss: the text
+is small, but this run is short.
 
 ## What it is not for
 

@@ -38,8 +38,8 @@ CONFIG = {
     "bos_token_id": 0, "eos_token_id": 0, "use_cache": True,
 }
 BATCH_TOKENS = 4096      # of one step
-SHORT, LONG = 512, 1024  # tokens in a row: most steps, and the last quarter, which reaches every position
-LONG_FROM = 0.75
+SHORT, LONG = 512, 1024  # tokens in a row: most steps, and the last ones, which reach every position
+LONG_FROM = 0.85
 PLATEAU = 0.65           # of the steps, at the highest learning rate
 QUERY_BLOCK = 256        # queries that share one product with the keys up to theirs
 PROBE_ROWS = 32          # rows of LONG tokens of the held-out books that choose the best step
@@ -274,7 +274,8 @@ def main():
     export(args.out, CONFIG, best, tokenizer, {
         **facts, "tokens": len(stream), "log": log,
         "held_out": {name: (mean_loss(cfg, best, rows_of(s)), len(s), size) for name, (s, size) in held.items()},
-        "run": {"seed": args.seed, "batch_tokens": BATCH_TOKENS, "rows": [SHORT, LONG], "peak": args.peak}})
+        "run": {"seed": args.seed, "batch_tokens": BATCH_TOKENS, "rows": [SHORT, LONG],
+                "long_percent": round(100 * (1 - LONG_FROM)), "peak": args.peak}})
     print(f"{args.out}: held-out {float(log['best']):.4f} at step {int(log['best_step'])}, kernels {apart:.1e} apart")
 
 
