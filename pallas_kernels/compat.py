@@ -1,4 +1,6 @@
 """What differs between the versions of jax we run on: one line for each difference, with the version that brought it."""
+import contextlib
+
 import jax
 from jax.experimental.pallas import mosaic_gpu as plmgpu
 
@@ -22,11 +24,41 @@ def store(ref, value):
         ref[...] = value
 
 
+@contextlib.contextmanager
 def interpreting():
-    """A context in which Mosaic kernels run on the CPU, simulated."""
+    """Inside, Mosaic kernels run on the CPU, simulated, and a tile's products are added in ascending k.
+
+    The simulator's own matmul is a BLAS, which gives a row other bits at another place in the tile; wgmma does not.
+    """
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     # 0.12.0 exports it as plmgpu.force_gpu_interpret_mode; 0.11.2 has it here only
     from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
-    return force_gpu_interpret_mode()
+    numpy = gpu_callbacks.np
+    gpu_callbacks.np = _Ordered(numpy)
+    try:
+        with force_gpu_interpret_mode():
+            yield
+    finally:
+        gpu_callbacks.np = numpy
+
+
+class _Ordered:
+    """numpy with a matmul of one order."""
+
+    def __init__(self, numpy):
+        self._numpy = numpy
+
+    def __getattr__(self, name):
+        return getattr(self._numpy, name)
+
+    def matmul(self, a, b, dtype):
+        """a [m, k] . b [k, n], each product and each sum rounded to `dtype`."""
+        a, b = a.astype(dtype), b.astype(dtype)
+        out = self._numpy.zeros((a.shape[0], b.shape[1]), dtype)
+        with self._numpy.errstate(all="ignore"):
+            for k in range(a.shape[1]):
+                out += a[:, k:k + 1] * b[k]
+        return out
 
 
 def version() -> tuple[int, ...]:

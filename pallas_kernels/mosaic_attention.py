@@ -275,6 +275,8 @@ def _merge_body(acc_parts, stats_parts, meta, out, acc_smem, stats_smem, out_sme
     plmgpu.wait_smem_to_gmem(0)
 
 
+# A function of its own, so that a program of many layers lowers each distinct kernel once.
+@functools.partial(jax.jit, static_argnames=("group_size", "heads_first", "run", "scale", "window", "softcap"))
 def _launch(q, k_pages, v_pages, table, meta, *, group_size, heads_first, run, scale, window, softcap):
     """Attention of q tiles [n, K, R, H] (heads_first) or [n, R, K, H] -> the same shape.
 

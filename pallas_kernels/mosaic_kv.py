@@ -39,6 +39,7 @@ def _write(k, v, slots, k_pages, v_pages, k_smem, v_smem, full):
     plmgpu.wait_smem_to_gmem(0)
 
 
+@jax.jit  # a program of many layers then lowers the kernel once
 def write_kv(k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(k_pages, v_pages) [num_pages, page_size, K, H] with k and v [T, K, H] stored at slots int32 [T]; others dropped."""
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)

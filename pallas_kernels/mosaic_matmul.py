@@ -181,6 +181,8 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
         plmgpu.wait_smem_to_gmem(0)
 
 
+# A function of its own, so that a program of many layers lowers each distinct kernel once.
+@functools.partial(jax.jit, static_argnames=("out_dtype", "groups", "stages", "split", "activation", "blocks"))
 def _call(x, weights, biases, out_dtype, *, groups, stages, split, activation=None, blocks=SMS):
     """One launch: out [M.., N..] (with `split` float32 [chunks, M.., N..]) of x [M, K] and one or two weights [N, K].
 

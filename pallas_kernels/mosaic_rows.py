@@ -91,6 +91,7 @@ def _call(body, name, out, *operands):
     return compat.kernel(body, out_type=out, grid=(out.shape[0],), grid_names=("row",))(*operands)
 
 
+@jax.jit
 def row_sum(x: jax.Array) -> jax.Array:
     """float32 [..., K] summed over its last axis -> [...], in an order that K alone decides."""
     rows = _padded(x.astype(jnp.float32))
@@ -98,6 +99,7 @@ def row_sum(x: jax.Array) -> jax.Array:
     return _call(functools.partial(_row_sum_body), "row_sum", out, rows).reshape(x.shape[:-1])
 
 
+@jax.jit
 def log_sum_exp(x: jax.Array) -> jax.Array:
     """log(sum(exp(x))) over the last axis of float32 x [..., V] -> [...]."""
     rows = _padded(x.astype(jnp.float32), -jnp.inf)
@@ -105,6 +107,7 @@ def log_sum_exp(x: jax.Array) -> jax.Array:
     return _call(functools.partial(_log_sum_exp_body), "log_sum_exp", out, rows).reshape(x.shape[:-1])
 
 
+@functools.partial(jax.jit, static_argnames="eps")  # a program of many layers then lowers the kernel once
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x [..., D] divided by its root mean square and scaled by weight [D], computed in float32, in x's dtype."""
     width = x.shape[-1]
