@@ -126,7 +126,7 @@ def _attention_body(q, k_pages, v_pages, table, meta, *refs, group_size, heads_f
     @pl.when((group == groups) & (end > begin))
     def _load():
         if groups > 1:
-            plmgpu.set_max_registers(32, action="decrease")
+            plmgpu.set_max_registers(32 if column_groups == 1 else 48, action="decrease")
 
         def step(i, _):
             count = i - begin
@@ -153,7 +153,7 @@ def _attention_body(q, k_pages, v_pages, table, meta, *refs, group_size, heads_f
     @pl.when(group < groups)
     def _compute():
         if groups > 1:
-            plmgpu.set_max_registers(240, action="increase")
+            plmgpu.set_max_registers(240 if column_groups == 1 else 232, action="increase")
         row_group, column_group = lax.div(group, column_groups), lax.rem(group, column_groups)
         rows = pl.ds(row_group * ROWS, ROWS)
         along_v = pl.ds(column_group * columns, columns)
@@ -401,6 +401,12 @@ def refusal(head_dim: int, dtype, page_size: int, group: int = 1) -> str | None:
     return None
 
 
+def _prefill_rows(width, window, softcap):
+    """Rows of a prefill's tile: 128, two groups that share the loads of k and v, where registers allow it without a spill."""
+    tight = width in (96, 128) and (width == 96 or window is not None) or window is not None and softcap is not None
+    return ROWS if width > 128 or tight else 2 * ROWS
+
+
 def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragged, *, scale: float, window: int | None = None,
               softcap: float | None = None, run: int | str | None = "auto") -> jax.Array:
     """Causal attention of q [T, N, H] over the pages of each token's sequence -> [T, N, H] in q's dtype.
@@ -414,10 +420,7 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
     options = dict(scale=scale, window=window, softcap=softcap)
     if ragged.query_start is None:
         return _decode(q, k_pages, v_pages, ragged, run, **options)
-    # Two groups of rows share the loads of k and v, where registers allow it.
-    both = window is not None and softcap is not None
-    rows = ROWS if q.shape[2] > 128 or both else 2 * ROWS
-    return _prefill(q, k_pages, v_pages, ragged, rows, **options)
+    return _prefill(q, k_pages, v_pages, ragged, _prefill_rows(q.shape[2], window, softcap), **options)
 
 
 def attend(q, k, v, k_pages, v_pages, ragged: Ragged, **options):
