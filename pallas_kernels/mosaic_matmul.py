@@ -253,6 +253,8 @@ def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, out_dty
     n = w.shape[0]
     if split is None:
         split = wants_split(x.shape[0], n, x.shape[1])
+    if out_dtype == jnp.float32 and not split:
+        groups = 1  # three warpgroups have 168 registers a thread, and storing float32 spills there
     biases = [] if bias is None or split else [_whole_tiles(bias)]
     out = _call(x, [w], biases, out_dtype, groups=groups, stages=6 if groups == 1 else 5, split=split)
     if split:
