@@ -64,12 +64,13 @@ class LLM:
                        kv_cache_memory_bytes=kv_cache_memory_bytes, max_logprobs=max_logprobs)
         self.model = str(model)
         self._loaded = load_model(self.model, dtype=dtype, load_format=load_format, hf_overrides=hf_overrides,
-                                  max_model_len=max_model_len, seed=seed, pt_load_map_location=pt_load_map_location)
+                                  max_model_len=max_model_len, pt_load_map_location=pt_load_map_location)
         cfg, params = self._loaded.cfg, self._loaded.params
         self.tokenizer = None if skip_tokenizer_init else load_tokenizer(tokenizer or self._loaded.path)
         device = jax.devices()[0]
         defaults = DEFAULTS.get(device.platform, DEFAULTS["gpu"])
-        seqs = max_num_seqs or defaults["max_num_seqs"]
+        tokens = max_num_batched_tokens or max(defaults["max_num_batched_tokens"], max_num_seqs or 0)
+        seqs = max_num_seqs or min(defaults["max_num_seqs"], tokens)  # of two options that conflict, the engine complains
         weight = params.embedding.dtype
         num_pages, length = plan_cache(
             cfg, weight.itemsize, kv_cache_memory_bytes or cache_bytes(device, gpu_memory_utilization),
@@ -78,8 +79,7 @@ class LLM:
             log.warning("max_model_len is %d: the KV cache holds no more (the model allows %d)", length, cfg.max_position)
         self.config = EngineConfig(
             max_model_len=length, max_num_seqs=seqs, num_pages=num_pages, page_size=page_size, seed=seed,
-            max_num_batched_tokens=max(max_num_batched_tokens or defaults["max_num_batched_tokens"], seqs),
-            enable_prefix_caching=enable_prefix_caching, max_logprobs=max_logprobs)
+            max_num_batched_tokens=tokens, enable_prefix_caching=enable_prefix_caching, max_logprobs=max_logprobs)
         try:
             self.kernels = dispatch.choose(device.platform, getattr(device, "compute_capability", None), cfg.head_dim, weight,
                                            page_size, want=kernels)

@@ -190,7 +190,8 @@ def test_parameters_the_model_cannot_meet_are_refused(llm, fields):
     (dict(page_size=7), UsageError), (dict(seed=2**63), UsageError), (dict(gpu_memory_utilization=0), UsageError),
     (dict(hf_overrides={"architectures": ["MambaForCausalLM"]}), UnsupportedError), (dict(max_num_seqs=0), UsageError),
     (dict(hf_overrides={"quantization_config": {"quant_method": "awq"}}), UnsupportedError),
-    (dict(hf_overrides={"rope_scaling": {"rope_type": "longrope"}}), UnsupportedError), (dict(kernels="cuda"), Exception)])
+    (dict(hf_overrides={"rope_scaling": {"rope_type": "longrope"}}), UnsupportedError), (dict(kernels="cuda"), UsageError),
+    (dict(max_num_seqs=32, max_num_batched_tokens=16), UsageError)])
 def test_options_that_cannot_be_met_are_refused(folder, options, error):
     with pytest.raises(error):
         LLM(folder, **{"load_format": "dummy", **options})
