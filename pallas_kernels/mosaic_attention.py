@@ -126,7 +126,7 @@ def _attention_body(q, k_pages, v_pages, table, meta, *refs, group_size, heads_f
     @pl.when((group == groups) & (end > begin))
     def _load():
         if groups > 1:
-            plmgpu.set_max_registers(32 if column_groups == 1 else 64, action="decrease")
+            plmgpu.set_max_registers(32, action="decrease")
 
         def step(i, _):
             count = i - begin
@@ -153,7 +153,7 @@ def _attention_body(q, k_pages, v_pages, table, meta, *refs, group_size, heads_f
     @pl.when(group < groups)
     def _compute():
         if groups > 1:
-            plmgpu.set_max_registers(240 if column_groups == 1 else 224, action="increase")
+            plmgpu.set_max_registers(240, action="increase")
         row_group, column_group = lax.div(group, column_groups), lax.rem(group, column_groups)
         rows = pl.ds(row_group * ROWS, ROWS)
         along_v = pl.ds(column_group * columns, columns)
