@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.ragged import Ragged
+from pallas_kernels.rounding import rounded
 
 SPLIT = 128        # tokens of context in one split; a multiple of every page size in use
 QUERY_TILE = 32    # query tokens of one sequence that share a gather of its pages
@@ -73,7 +74,7 @@ def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, out_dty
     out = product(x, w)
     if bias is not None:
         out = out + bias.astype(jnp.float32)
-    return out.astype(out_dtype or x.dtype)
+    return rounded(out, out_dtype or x.dtype)
 
 
 def row_sum(x: jax.Array) -> jax.Array:
@@ -91,7 +92,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x [..., D] divided by its root mean square and scaled by weight [D], computed in float32, in x's dtype."""
     wide = x.astype(jnp.float32)
     mean_square = row_sum(wide * wide)[..., None] / x.shape[-1]
-    return (wide * lax.rsqrt(mean_square + eps) * weight.astype(jnp.float32)).astype(x.dtype)
+    return rounded(wide * lax.rsqrt(mean_square + eps) * weight.astype(jnp.float32), x.dtype)
 
 
 def log_sum_exp(x: jax.Array) -> jax.Array:
@@ -105,7 +106,7 @@ def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, 
     """activation(x . gate) * (x . up) for x [T, D] and gate, up [F, D] -> [T, F]; rounded to x's dtype once."""
     g = product(x, gate, gate_bias, out_dtype=jnp.float32)
     u = product(x, up, up_bias, out_dtype=jnp.float32)
-    return (ACTIVATIONS[activation](g) * u).astype(x.dtype)
+    return rounded(ACTIVATIONS[activation](g) * u, x.dtype)
 
 
 def write_kv(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
@@ -179,7 +180,7 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
         p = jnp.where(seen, jnp.exp(score - own_top), 0.0)
         own_total = row_sum(p)[..., None]
         own_acc = lax.optimization_barrier(jnp.einsum(
-            "nkml,nlkh->nkmh", lax.optimization_barrier(p.astype(v.dtype)), v, precision=_precision(v.dtype),
+            "nkml,nlkh->nkmh", lax.optimization_barrier(rounded(p, v.dtype)), v, precision=_precision(v.dtype),
             preferred_element_type=jnp.float32))
         new_top = jnp.maximum(top, own_top)
         old, own = jnp.exp(top - new_top), jnp.exp(own_top - new_top)
@@ -199,7 +200,7 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
             first = jnp.minimum(first, last)
     _, total, acc = lax.fori_loop(first, last, split_step, start)
     out = acc / jnp.where(total == 0, 1.0, total)  # an empty row is zero, not NaN
-    out = out.astype(q.dtype).reshape(n, kv_heads, per_tile, group, width).swapaxes(1, 2)
+    out = rounded(out, q.dtype).reshape(n, kv_heads, per_tile, group, width).swapaxes(1, 2)
     out = out.reshape(n * per_tile, heads, width)
     return out if ragged.query_start is None else out[place]
 

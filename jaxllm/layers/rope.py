@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxllm.config import RopeSpec
 from jaxllm.errors import UnsupportedError
+from pallas_kernels.rounding import rounded
 
 
 def rotate(x: jax.Array, positions: jax.Array, spec: RopeSpec) -> jax.Array:
@@ -19,7 +20,7 @@ def rotate(x: jax.Array, positions: jax.Array, spec: RopeSpec) -> jax.Array:
     wide = x[..., :2 * half].astype(jnp.float32)
     # Of two products in a sum a compiler may fuse either with the addition, and chooses by shape: one is rounded before.
     crossed = lax.optimization_barrier(jnp.concatenate([-wide[..., half:], wide[..., :half]], axis=-1) * sin)
-    turned = (wide * cos + crossed).astype(x.dtype)
+    turned = rounded(wide * cos + crossed, x.dtype)
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half:]], axis=-1)
 
 

@@ -16,6 +16,7 @@ from jaxllm.layers.linear import Linear, linear
 from jaxllm.layers.rope import rotate
 from pallas_kernels.dispatch import REFERENCE, Kernels
 from pallas_kernels.ragged import Ragged, contiguous
+from pallas_kernels.rounding import add
 
 PAGE_SIZE = 16  # of the throw-away cache of `whole`
 
@@ -99,10 +100,10 @@ def _layer(p: Layer, x, k_pages, v_pages, ragged: Ragged, *, cfg: ModelConfig, s
     """One layer: x [T, D] and the layer's pages -> the same, with the layer's output added and its keys and values written."""
     out, k_pages, v_pages = _attention(cfg, spec, p, kernels.rms_norm(x, p.attention_norm, cfg.norm_eps),
                                        k_pages, v_pages, ragged, kernels)
-    x = x + out
+    x = add(x, out)
     normed = kernels.rms_norm(x, p.mlp_norm, cfg.norm_eps)
     hidden = kernels.gated_mlp(normed, p.gate.weight, p.up.weight, cfg.activation, gate_bias=p.gate.bias, up_bias=p.up.bias)
-    return x + linear(p.down, hidden, kernels), k_pages, v_pages
+    return add(x, linear(p.down, hidden, kernels)), k_pages, v_pages
 
 
 def forward(cfg: ModelConfig, params: Decoder, cache: KVCache, tokens: jax.Array, ragged: Ragged, *,
