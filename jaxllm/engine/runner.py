@@ -17,7 +17,7 @@ from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.engine import batch as batches
 from jaxllm.engine import sampler
 from jaxllm.engine.batch import Batch
-from jaxllm.engine.sampler import Drawn, Features, SamplingInputs
+from jaxllm.engine.sampler import Drawn, Features
 from jaxllm.engine.scheduler import Plan
 from jaxllm.models import decoder
 from pallas_kernels.dispatch import Kernels

@@ -111,8 +111,9 @@ def forward(cfg: ModelConfig, params: Decoder, cache: KVCache, tokens: jax.Array
     """Hidden states [T, D] after the last norm for tokens int32 [T], and the cache with their keys and values written."""
     x = params.embedding[tokens]
     k_cache, v_cache = [], []
+    shared = dataclasses.replace(cfg, layers=())  # what all layers have in common: equal ones are one program
     for spec, p, k_pages, v_pages in zip(cfg.layers, params.layers, cache.k, cache.v, strict=True):
-        x, k_pages, v_pages = _layer(p, x, k_pages, v_pages, ragged, cfg=dataclasses.replace(cfg, layers=()), spec=spec, kernels=kernels)
+        x, k_pages, v_pages = _layer(p, x, k_pages, v_pages, ragged, cfg=shared, spec=spec, kernels=kernels)
         k_cache.append(k_pages)
         v_cache.append(v_pages)
     return kernels.rms_norm(x, params.norm, cfg.norm_eps), KVCache(tuple(k_cache), tuple(v_cache))
