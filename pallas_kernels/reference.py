@@ -47,14 +47,16 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.optimization_barrier(out)[:rows]
 
 
-def _product_of_one_row(x: jax.Array, w: jax.Array, chains: int = 4) -> jax.Array:
+def _product_of_one_row(x: jax.Array, w: jax.Array) -> jax.Array:
     """The same bits as `_product` for x [1, K] in float32, streaming w once instead of packing it.
 
     Rows of w are summed `chains` at a time, so that as many multiply-adds are in flight; one is bound by its latency.
     """
     n, k = w.shape
-    if n % chains:
+    chains = next((c for c in (8, 4) if n % c == 0), None)
+    if chains is None:
         return _product(x, w)
+    x = lax.optimization_barrier(x)  # else what computes x is fused into the sums, and done again for each row of w
     parts = []
     for start in range(0, k, CHAIN_CHUNK):
         block = w.reshape(chains, n // chains, k)[:, :, start:start + CHAIN_CHUNK]

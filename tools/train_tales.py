@@ -1,6 +1,7 @@
 """Trains `builtin:tales`, the small Llama that ships with jaxllm, and writes it as a Hugging Face folder.
 
     python tools/train_tales.py --corpus ../shared/corpus --minutes 75
+    python tools/train_tales.py --init jaxllm/builtin/tales --seed 1 --steps 2000   # go on from weights, with a fresh schedule
     python tools/train_tales.py --minutes 0        # only export what the checkpoint holds
 
 The loss goes through `jaxllm.models.decoder.whole` and `unembed`: the forward that serves is the forward that learns. A
@@ -24,6 +25,7 @@ from tales_export import export
 from tales_text import read_tales
 from tales_tokenizer import END, train_tokenizer
 
+from jaxllm import load_params
 from jaxllm.models import decoder
 from jaxllm.models.llama import read_config
 from pallas_kernels.dispatch import REFERENCE
@@ -100,6 +102,18 @@ def initial(cfg, seed):
 def plateau_end(steps):
     """The step from which a run of `steps` depends on their number; until then a run can still be given another."""
     return int(steps * PLATEAU)
+
+
+def starting_weights(cfg, args):
+    """Fresh weights, or those of `--init` in float32."""
+    if args.init is None:
+        return initial(cfg, args.seed)
+    if (args.init / "tokenizer.json").read_bytes() != (args.work / "tokenizer.json").read_bytes():
+        raise SystemExit(f"{args.init} has another tokenizer than this corpus gives")
+    held, params = load_params(str(args.init), dtype="float32")
+    if held.layers != cfg.layers or jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, decoder.template(cfg, jnp.float32)):
+        raise SystemExit(f"{args.init} has another shape than CONFIG")
+    return params
 
 
 def optimizer(steps, peak, kind="muon"):
@@ -196,6 +210,7 @@ def arguments():
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tales", help="checkpoints and the tokenizer")
     parser.add_argument("--minutes", type=float, default=75, help="sets the number of steps; 0 exports the checkpoint")
     parser.add_argument("--steps", type=int, help="the number of steps itself, for a run that can be repeated")
+    parser.add_argument("--init", type=Path, help="a folder whose weights to start from, of the same shape and tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
@@ -204,7 +219,7 @@ def arguments():
 
 def train(cfg, stream, probe, args, path):
     """Trains to the end of the schedule, leaving the state and the best weights so far at `path` every EVERY steps."""
-    params = initial(cfg, args.seed)
+    params = starting_weights(cfg, args)
     steps = args.steps or 10**6
     state, best, log = optimizer(steps, args.peak, args.optimizer).init(params), params, {
         "step": np.int64(0), "best": np.float64(np.inf), "best_step": np.int64(0), "steps": np.int64(0), "seconds": np.float64(0)}
