@@ -23,8 +23,8 @@ class Kernels:
 # Differentiable: what a model called as a plain function uses.
 REFERENCE = Kernels("reference", reference.matmul, reference.gated_mlp, reference.rms_norm,
                     partial(reference.attend, static_bound=True), reference.log_sum_exp, reference.row_sum)
-# The same bits for an engine: loops stop at the longest context, and one row streams the weights.
-_stream = partial(reference.matmul, stream_one_row=True)
+# The same bits for an engine: loops stop at the longest context, and few rows stream the weights.
+_stream = partial(reference.matmul, product=reference.product_of_few_rows)
 SERVING = Kernels("reference", _stream, partial(reference.gated_mlp, product=_stream), reference.rms_norm,
                   reference.attend, reference.log_sum_exp, reference.row_sum)
 

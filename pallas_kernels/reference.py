@@ -70,9 +70,24 @@ def _product_of_one_row(x: jax.Array, w: jax.Array) -> jax.Array:
     return out[None]
 
 
-def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, out_dtype=None, stream_one_row=False) -> jax.Array:
+def product_of_few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
+    """The same bits as `_product`, faster for one row in float32 and for 16 rows.
+
+    The library packs its right operand for each product: w in `_product`, here x. Of other numbers of rows it would sum the
+    last few in another order, and past one chunk of K it would cut K by another rule.
+    """
+    rows, k = x.shape
+    if rows == 1 and x.dtype == jnp.float32:
+        return _product_of_one_row(x, w)
+    if rows != 16 or k > CHAIN_CHUNK or w.shape[0] % 16:
+        return _product(x, w)
+    out = lax.dot_general(w, lax.optimization_barrier(x), (((1,), (1,)), ((), ())), precision=_precision(x.dtype),
+                          preferred_element_type=jnp.float32)
+    return lax.optimization_barrier(out).T
+
+
+def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, out_dtype=None, product=_product) -> jax.Array:
     """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32."""
-    product = _product_of_one_row if stream_one_row and x.shape[0] == 1 and x.dtype == jnp.float32 else _product
     out = product(x, w)
     if bias is not None:
         out = out + bias.astype(jnp.float32)

@@ -110,7 +110,7 @@ def test_preemption_changes_nothing(folder):
 
 def test_a_broken_tree_is_caught(folder, monkeypatch):
     """A matrix product that sums in two halves when few rows run: what a kernel tuned to the batch does."""
-    def tuned(x, w, bias=None, *, out_dtype=None, stream_one_row=False):
+    def tuned(x, w, bias=None, *, out_dtype=None):
         if x.shape[0] > 4:
             return reference.matmul(x, w, bias, out_dtype=out_dtype)
         half = x.shape[1] // 2

@@ -48,12 +48,14 @@ def test_a_float32_product_is_an_ascending_chain_of_fused_multiply_adds_by_chunk
     np.testing.assert_array_equal(bits(reference.matmul(x, w)), bits(total))
 
 
-@pytest.mark.parametrize("k, n", SHAPES)
-def test_streaming_one_row_changes_no_bit(k, n):
-    x, w = operands(k, n, jnp.float32, rows=1)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("k, n", [*SHAPES, (33, 512), (896, 4864), (1024, 80)])
+def test_products_made_for_few_rows_change_no_bit(k, n, dtype):
+    x, w = operands(k, n, dtype, rows=32)
     bias = w[:, 0] * 3
-    stream, plain = (jax.jit(partial(reference.matmul, stream_one_row=one)) for one in (True, False))
-    np.testing.assert_array_equal(bits(stream(x, w, bias)), bits(plain(x, w, bias)))
+    few, plain = (jax.jit(partial(reference.matmul, **how)) for how in ({"product": reference.product_of_few_rows}, {}))
+    for rows in (1, 2, 15, 16, 17):
+        np.testing.assert_array_equal(bits(few(x[:rows], w, bias)), bits(plain(x[:rows], w, bias)), err_msg=f"{rows} rows")
 
 
 @pytest.mark.parametrize("width", [64, 576, 5000])
