@@ -11,7 +11,7 @@ class Kernels:
     """The functions a model is built from. Frozen and hashable, so that it can be a static argument of jit."""
 
     name: str
-    matmul: Callable       # (x [T, K], w [N, K], bias [N] | None, *, out_dtype) -> [T, N]
+    matmul: Callable       # (x [T, K], w [N, K], bias [N] | None, *, residual [T, N] | None, out_dtype) -> [T, N]
     gated_mlp: Callable    # (x [T, D], gate [F, D], up [F, D], activation, *, gate_bias, up_bias) -> [T, F]
     rms_norm: Callable     # (x [..., D], weight [D], eps) -> [..., D]
     attend: Callable       # (q, k, v, k_pages, v_pages, ragged, *, scale, window, softcap) -> (out, k_pages, v_pages)

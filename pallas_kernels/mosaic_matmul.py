@@ -21,6 +21,7 @@ that only starts TMA copies:
     shared   x_smem[stage]     w_smem[stage]    (64 * groups + 128) x 64 x 2 bytes a stage, `stages` in flight
                \__ wgmma ______/   full[stage]: both copies landed;  free[stage]: every group is done with it
     registers  acc, total      64 x 128 float32 each: 64 + 64 registers a thread
+    shared   added[group]      the tile of a residual, if there is one, brought by TMA while the product runs
     shared   out_smem[group]   TMA store, which drops rows and columns past the end
     device   out [M, N]
 
@@ -39,6 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plmgpu
 
 from pallas_kernels import compat
 from pallas_kernels.reference import ACTIVATIONS as REFERENCE_ACTIVATIONS
+from pallas_kernels.rounding import add, rounded
 
 ROWS = 64       # rows of one wgmma
 TILE_N = 128    # columns of one wgmma: m64n128k16, the only shape used
@@ -65,11 +67,9 @@ def _tiled(shape, dtype):
     return plmgpu.SMEM(shape, dtype, transforms=(plmgpu.TilingTransform((8, elements)), plmgpu.SwizzleTransform(128)))
 
 
-def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, blocks):
-    inputs = 2 + gated + biased * (1 + gated)
-    x, *weights = refs[:2 + gated]
-    biases = refs[2 + gated:inputs]
-    out, x_smem, w_smem, out_smem, up_smem, full, free = refs[inputs:]
+def _body(x, weights, biases, residual, out, x_smem, w_smem, out_smem, up_smem, added, full, free, landed, *, m, n, k, groups,
+          stages, split, activation, blocks):
+    gated = activation is not None
     group, block = lax.axis_index("group"), lax.axis_index("block")
     chunk = chunk_length(k)
     chunks, chunk_steps = pl.cdiv(k, chunk), chunk // TILE_K
@@ -125,6 +125,9 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
             plmgpu.set_max_registers(232, action="increase")
         rows = pl.ds(group * ROWS, ROWS)
 
+        def tile_of(m_tile, n_tile):
+            return pl.ds((m_tile * groups + group) * ROWS, ROWS), pl.ds(n_tile * TILE_N, TILE_N)
+
         def chunk_sum(c, count):
             def accumulate(acc):
                 def step(s, _):
@@ -156,7 +159,7 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
 
         def biased_product(which, n_tile, c, count):
             value, count = product(c, count)
-            if biased:
+            if biases:
                 bias = plmgpu.load(biases[which].at[pl.ds(n_tile * TILE_N, TILE_N)], layout=plmgpu.Layout.WGMMA.reduce(0),
                                    optimized=False)
                 value = value + lax.broadcast_in_dim(bias.astype(jnp.float32), value.shape, [1])
@@ -164,17 +167,24 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
 
         def item_products(i, count):
             m_tile, n_tile, c = place(i)
+            target = (out.at[c] if split else out).at[tile_of(m_tile, n_tile)]
+            if residual is not None:
+                plmgpu.copy_gmem_to_smem(residual.at[tile_of(m_tile, n_tile)], added.at[group], landed.at[group])
             if gated:
                 value, count = biased_product(1, n_tile, c, count)
                 up_smem[group] = value
             value, count = biased_product(0, n_tile, c, count)
             if gated:
                 value = ACTIVATIONS[activation](value) * plmgpu.load(up_smem.at[group], layout=plmgpu.Layout.WGMMA)
+            value = value.astype(out_smem.dtype)
+            if residual is not None:
+                plmgpu.barrier_wait(landed.at[group])
+                own = plmgpu.load(added.at[group], layout=plmgpu.Layout.WGMMA)
+                value = (value.astype(jnp.float32) + own.astype(jnp.float32)).astype(out_smem.dtype)
             plmgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_smem[group] = value.astype(out_smem.dtype)
+            out_smem[group] = value
             plmgpu.commit_smem()
-            target = out.at[c] if split else out
-            plmgpu.copy_smem_to_gmem(out_smem.at[group], target.at[pl.ds((m_tile * groups + group) * ROWS, ROWS), pl.ds(n_tile * TILE_N, TILE_N)])
+            plmgpu.copy_smem_to_gmem(out_smem.at[group], target)
             return count
 
         lax.fori_loop(0, mine, item_products, jnp.int32(0))
@@ -183,23 +193,23 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
 
 # A function of its own, so that a program of many layers lowers each distinct kernel once.
 @functools.partial(jax.jit, static_argnames=("out_dtype", "groups", "stages", "split", "activation", "blocks"))
-def _call(x, weights, biases, out_dtype, *, groups, stages, split, activation=None, blocks=SMS):
+def _call(x, weights, biases, out_dtype, *, groups, stages, split, residual=None, activation=None, blocks=SMS):
     """One launch: out [M.., N..] (with `split` float32 [chunks, M.., N..]) of x [M, K] and one or two weights [N, K].
 
     M.. and N.. are at least M and N; the rest is padding.
     """
     x, *weights = (_padded(a) for a in (x, *weights))
+    residual = None if residual is None else _padded(residual)
     m, k = x.shape
     n = weights[0].shape[0]
-    gated = len(weights) == 2
+    gated = activation is not None
     chunks = pl.cdiv(k, chunk_length(k))
     out_dtype = jnp.float32 if split else out_dtype
     wide = n + -n % 64  # TMA stores tiles of 8 x 128 bytes
     out = jax.ShapeDtypeStruct((chunks, m, wide) if split else (m, wide), out_dtype)
     items = pl.cdiv(m, ROWS * groups) * pl.cdiv(n, TILE_N) * (chunks if split else 1)
     blocks = min(items, blocks)
-    body = functools.partial(_body, m=m, n=n, k=k, groups=groups, stages=stages, split=split, gated=gated,
-                             activation=activation, biased=bool(biases), blocks=blocks)
+    body = functools.partial(_body, m=m, n=n, k=k, groups=groups, stages=stages, split=split, activation=activation, blocks=blocks)
     body.__name__ = "matmul_split" if split else "gated_mlp" if gated else "matmul"
     return compat.kernel(
         body, out_type=out,
@@ -208,11 +218,13 @@ def _call(x, weights, biases, out_dtype, *, groups, stages, split, activation=No
             _tiled((stages, TILE_N, TILE_K), x.dtype),
             _tiled((groups, ROWS, TILE_N), out_dtype),
             _tiled((groups, ROWS, TILE_N), jnp.float32) if gated else None,
+            None if residual is None else _tiled((groups, ROWS, TILE_N), out_dtype),
             plmgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plmgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            None if residual is None else plmgpu.Barrier(num_barriers=groups),
         ],
         grid=(blocks,), grid_names=("block",), num_threads=groups + 1, thread_name="group",
-    )(x, *weights, *biases)
+    )(x, weights, biases, residual)
 
 
 def _checked(x, *weights):
@@ -247,29 +259,32 @@ def wants_split(m: int, n: int, k: int) -> bool:
     return m <= 2 * ROWS and k > chunk_length(k) and pl.cdiv(m, ROWS * groups) * pl.cdiv(n, TILE_N) < SMS
 
 
-def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, out_dtype=None, split: bool | None = None) -> jax.Array:
-    """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32."""
+def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, residual: jax.Array | None = None, out_dtype=None,
+           split: bool | None = None) -> jax.Array:
+    """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32.
+
+    With a residual [T, N] of out_dtype: the result is rounded, then added to it as `rounding.add` does. `split` picks the
+    schedule and changes no bit. ValueError where the kernel cannot take the operands.
+    """
     groups, out_dtype = _checked(x, w), jnp.dtype(out_dtype or x.dtype)
     n = w.shape[0]
+    if residual is not None and (residual.shape != (x.shape[0], n) or residual.dtype != out_dtype):
+        raise ValueError(f"mosaic matmul to {out_dtype} [{x.shape[0]}, {n}]: the residual is {residual.dtype} {list(residual.shape)}")
     if split is None:
         split = wants_split(x.shape[0], n, x.shape[1])
     if out_dtype == jnp.float32 and not split:
         groups = 1  # three warpgroups have 168 registers a thread, and storing float32 spills there
     biases = [] if bias is None or split else [_whole_tiles(bias)]
-    out = _call(x, [w], biases, out_dtype, groups=groups, stages=6 if groups == 1 else 5, split=split)
+    out = _call(x, [w], biases, out_dtype, groups=groups, stages=6 if groups == 1 else 5, split=split,
+                residual=None if split else residual)
     if split:
         parts, out = out, out[0]
         for chunk in range(1, parts.shape[0]):
             out = out + parts[chunk]
         if bias is not None:
             out = jnp.pad(bias.astype(jnp.float32), (0, parts.shape[2] - n)) + out
-        # XLA may drop a rounding when what follows widens again, and then split would differ from in turn. It keeps
-        # reduce_precision, which flushes float16's subnormals, so there a barrier stands in at the cost of a fusion.
-        if out_dtype == jnp.bfloat16:
-            out = lax.reduce_precision(out, 8, 7)
-        out = out.astype(out_dtype)
-        if out_dtype == jnp.float16:
-            out = lax.optimization_barrier(out)
+        out = rounded(out[:x.shape[0], :n], out_dtype)
+        return out if residual is None else add(residual, out)
     return out[:x.shape[0], :n]
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.ragged import Ragged
-from pallas_kernels.rounding import rounded
+from pallas_kernels.rounding import add, rounded
 
 SPLIT = 128        # tokens of context in one split; a multiple of every page size in use
 QUERY_TILE = 32    # query tokens of one sequence that share a gather of its pages
@@ -68,13 +68,18 @@ def _product_of_one_row(x: jax.Array, w: jax.Array, chains: int = 4) -> jax.Arra
     return out[None]
 
 
-def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, out_dtype=None, stream_one_row=False) -> jax.Array:
-    """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32."""
+def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, residual: jax.Array | None = None, out_dtype=None,
+           stream_one_row=False) -> jax.Array:
+    """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32.
+
+    With a residual [T, N] of out_dtype: the result is rounded, then added to it as `rounding.add` does.
+    """
     product = _product_of_one_row if stream_one_row and x.shape[0] == 1 and x.dtype == jnp.float32 else _product
     out = product(x, w)
     if bias is not None:
         out = out + bias.astype(jnp.float32)
-    return rounded(out, out_dtype or x.dtype)
+    out = rounded(out, out_dtype or x.dtype)
+    return out if residual is None else add(residual, out)
 
 
 def row_sum(x: jax.Array) -> jax.Array:

@@ -155,6 +155,9 @@ def kernel_programs(array):
     bf16, f16, i32 = jnp.bfloat16, jnp.float16, jnp.int32
     for m, n, k, dtype in ((1, 4096, 4096, bf16), (64, 4096, 14336, f16), (128, 1024, 4096, bf16), (2048, 4096, 14336, bf16), (8, 128, 896, bf16)):
         yield f"matmul {m}x{n}x{k}", mm.matmul, (array((m, k), dtype), array((n, k), dtype), array((n,), dtype))
+    for m, n, k, dtype in ((1, 4096, 4096, bf16), (128, 4096, 14336, bf16), (2048, 4096, 14336, bf16), (256, 576, 1536, f16)):
+        f = lambda x, w, r: mm.matmul(x, w, residual=r)
+        yield f"matmul with residual {m}x{n}x{k}", f, (array((m, k), dtype), array((n, k), dtype), array((m, n), dtype))
     for m in (1, 256):
         yield f"logits {m}x128256x4096", partial(mm.matmul, out_dtype=jnp.float32), (array((m, 4096), bf16), array((128256, 4096), bf16))
     for m, activation in ((1, "silu"), (2048, "silu"), (64, "gelu_tanh"), (2048, "gelu_tanh"), (64, "relu"), (64, "gelu")):

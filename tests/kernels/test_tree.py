@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels import reference
 from pallas_kernels.ragged import Ragged
+from pallas_kernels.rounding import add
 
 SHAPES = [(576, 192), (1536, 576), (2100, 96)]  # K, N: of small models, and one that needs three chains
 COUNTS = [*range(1, 41), 64, 100, 257]
@@ -54,6 +55,16 @@ def test_streaming_one_row_changes_no_bit(k, n):
     bias = w[:, 0] * 3
     stream, plain = (jax.jit(partial(reference.matmul, stream_one_row=one)) for one in (True, False))
     np.testing.assert_array_equal(bits(stream(x, w, bias)), bits(plain(x, w, bias)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_residual_given_to_a_product_has_the_bits_of_the_sum_after_it(dtype):
+    x, w = operands(576, 192, dtype, rows=9)
+    bias, residual = w[:, 0] * 3, 3 * x[:, :192]
+    inside = jax.jit(lambda x, r: reference.matmul(x, w, bias, residual=r))
+    product, outside = jax.jit(lambda x: reference.matmul(x, w, bias)), jax.jit(add)
+    for rows in (1, 2, 9):
+        np.testing.assert_array_equal(bits(inside(x[:rows], residual[:rows])), bits(outside(residual[:rows], product(x[:rows]))))
 
 
 @pytest.mark.parametrize("width", [64, 576, 5000])
