@@ -55,7 +55,7 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows_and_both_schedules():
 def test_a_chunk_sum_is_the_product_over_that_chunk_alone():
     x, w, *_ = operands(2)
     chunk = mm.chunk_length(K)
-    parts = mm._call(x, [w], [], jnp.float32, groups=1, stages=2, split=True)
+    parts = mm.launch(x, [w], [], jnp.float32, groups=1, stages=2, split=True)
     for c in range(parts.shape[0]):
         along = slice(c * chunk, (c + 1) * chunk)
         alone = mm.matmul(x[:, along], w[:, along], out_dtype=jnp.float32)
