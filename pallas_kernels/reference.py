@@ -132,9 +132,10 @@ def grouped_gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, group_sizes:
 
 
 def write_kv(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    """pages [num_pages, page_size, K, H] with each row [T, K, H] stored at its slot [T]; slots past the end are dropped."""
+    """pages [num_pages, page_size, K, H] with each row [T, K, H] stored at its slot [T]; slots below 0 or past the end are dropped."""
     flat = pages.reshape(-1, *pages.shape[2:])
-    return flat.at[slots].set(rows.astype(pages.dtype), mode="drop").reshape(pages.shape)
+    # unless told, jax counts a negative index from the end
+    return flat.at[slots].set(rows.astype(pages.dtype), mode="drop", wrap_negative_indices=False).reshape(pages.shape)
 
 
 def _attention(tiles, load, seen, first, last, *, scale, softcap):
@@ -207,9 +208,13 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_per_split)))
     num_splits = table.shape[1] // pages_per_split
 
+    last_seen = position.max(1)[:, None, None, None]
+
     def load(i):
         pages = lax.dynamic_slice_in_dim(table, i * pages_per_split, pages_per_split, 1)
-        return [a[pages].reshape(n, SPLIT, kv_heads, -1) for a in (k_pages, v_pages)]
+        k, v = (a[pages].reshape(n, SPLIT, kv_heads, -1) for a in (k_pages, v_pages))
+        # What follows in the page may be another sequence's, or what it left there: its NaN times zero would be NaN.
+        return k, jnp.where((i * SPLIT + jnp.arange(SPLIT))[:, None, None] <= last_seen, v, 0)
 
     def seen(i):
         position = i * SPLIT + jnp.arange(SPLIT)

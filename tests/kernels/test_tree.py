@@ -107,3 +107,16 @@ def test_decode_prefill_and_chunked_prefill_have_the_same_bits(dtype, window, so
         np.testing.assert_array_equal(attend([(0, t, t + 1)], decode=True)[0], whole[t], err_msg=f"token {t} alone")
     crowd = attend([(0, t, t + 1) for t in (299, 3, 128)] + [(1, 9, 10)], decode=True)
     np.testing.assert_array_equal(crowd[:3], whole[np.array([299, 3, 128])])
+
+
+def test_a_nan_past_the_end_of_a_sequence_or_in_a_page_that_is_not_its_own_changes_no_bit():
+    k_pages, v_pages = (jax.random.normal(jax.random.key(i), (6, 16, 2, 64)) for i in range(2))
+    q = jax.random.normal(jax.random.key(2), (40, 2, 64))
+    poison = lambda pages: pages.at[2, 8:].set(jnp.nan).at[3:].set(jnp.nan)  # the sequence has 40 tokens in pages 0, 1 and 2
+    for rows, starts in ((slice(0, 40), jnp.asarray([0, 40])), (slice(39, 40), None)):
+        position = jnp.arange(40, dtype=jnp.int32)[rows]
+        ragged = Ragged(position, position, jnp.asarray([40], jnp.int32), jnp.asarray([[0, 1, 2, 3, 4, 5]], jnp.int32), starts)
+        want, got = (reference.attention(q[rows], *pages, ragged, scale=0.125)
+                     for pages in ((k_pages, v_pages), (poison(k_pages), poison(v_pages))))
+        np.testing.assert_array_equal(bits(got), bits(want))
+        assert jnp.isfinite(want).all()
