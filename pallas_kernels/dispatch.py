@@ -11,30 +11,36 @@ class Kernels:
     """The functions a model is built from. Frozen and hashable, so that it can be a static argument of jit."""
 
     name: str
-    matmul: Callable       # (x [T, K], w [N, K], bias [N] | None, *, out_dtype) -> [T, N]
+    matmul: Callable       # (x [T, K], w [N, K], bias [N] | None, *, residual [T, N] | None, out_dtype) -> [T, N]
     gated_mlp: Callable    # (x [T, D], gate [F, D], up [F, D], activation, *, gate_bias, up_bias) -> [T, F]
     rms_norm: Callable     # (x [..., D], weight [D], eps) -> [..., D]
     attend: Callable       # (q, k, v, k_pages, v_pages, ragged, *, scale, window, softcap) -> (out, k_pages, v_pages)
     log_sum_exp: Callable  # (x [..., V]) -> [...]
     row_sum: Callable      # (x [..., K]) -> [...]
+    attend_bidirectional: Callable  # (q [T, N, H], k, v [T, K, H], starts [S + 1], *, scale, window, softcap) -> [T, N, H]
+    grouped_matmul: Callable     # (x [T, K], w [E, N, K], group_sizes [E], *, out_dtype) -> [T, N]
+    grouped_gated_mlp: Callable  # (x [T, D], gate [E, F, D], up [E, F, D], group_sizes [E], activation) -> [T, F]
     reasons: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 # Differentiable: what a model called as a plain function uses.
 REFERENCE = Kernels("reference", reference.matmul, reference.gated_mlp, reference.rms_norm,
-                    partial(reference.attend, static_bound=True), reference.log_sum_exp, reference.row_sum)
+                    partial(reference.attend, static_bound=True), reference.log_sum_exp, reference.row_sum,
+                    partial(reference.attend_bidirectional, static_bound=True), reference.grouped_matmul, reference.grouped_gated_mlp)
 # The same bits for an engine: loops stop at the longest context, and few rows stream the weights.
 _stream = partial(reference.matmul, product=reference.product_of_few_rows)
 SERVING = Kernels("reference", _stream, partial(reference.gated_mlp, product=_stream), reference.rms_norm,
-                  reference.attend, reference.log_sum_exp, reference.row_sum)
+                  reference.attend, reference.log_sum_exp, reference.row_sum, reference.attend_bidirectional,
+                  reference.grouped_matmul, reference.grouped_gated_mlp)
 
 
 @cache
 def _mosaic() -> Kernels:
     """Hopper. Imported when chosen: a CPU never needs it."""
-    from pallas_kernels import mosaic_attention, mosaic_matmul, mosaic_rows
+    from pallas_kernels import mosaic_attention, mosaic_grouped, mosaic_matmul, mosaic_rows
     return Kernels("mosaic", mosaic_matmul.matmul, mosaic_matmul.gated_mlp, mosaic_rows.rms_norm, mosaic_attention.attend,
-                   mosaic_rows.log_sum_exp, mosaic_rows.row_sum)
+                   mosaic_rows.log_sum_exp, mosaic_rows.row_sum, mosaic_attention.attend_bidirectional,
+                   mosaic_grouped.grouped_matmul, mosaic_grouped.grouped_gated_mlp)
 
 
 def _capability(value) -> tuple[int, int] | None:

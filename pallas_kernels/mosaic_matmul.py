@@ -21,6 +21,7 @@ that only starts TMA copies:
     shared   x_smem[stage]     w_smem[stage]    (64 * groups + 128) x 64 x 2 bytes a stage, `stages` in flight
                \__ wgmma ______/   full[stage]: both copies landed;  free[stage]: every group is done with it
     registers  acc, total      64 x 128 float32 each: 64 + 64 registers a thread
+    shared   added[group]      the tile of a residual, if there is one, brought by TMA while the product runs
     shared   out_smem[group]   TMA store, which drops rows and columns past the end
     device   out [M, N]
 
@@ -39,11 +40,13 @@ from jax.experimental.pallas import mosaic_gpu as plmgpu
 
 from pallas_kernels import compat
 from pallas_kernels.reference import ACTIVATIONS as REFERENCE_ACTIVATIONS
+from pallas_kernels.rounding import add, rounded
 
 ROWS = 64       # rows of one wgmma
 TILE_N = 128    # columns of one wgmma: m64n128k16, the only shape used
 SMS = 132       # of an H100 or H200 (SXM): the persistent grid's width, and no part of the tree
 TILE_K = 64     # K of one pipeline stage: 128 bytes, the widest swizzle
+EIGHT = 8       # rows of a shared-memory tile: what TMA addresses
 
 
 # On float32 in registers; written out because 0.11.2 lowers no custom_jvp_call, and neither version lowers erfc.
@@ -65,21 +68,22 @@ def _tiled(shape, dtype):
     return plmgpu.SMEM(shape, dtype, transforms=(plmgpu.TilingTransform((8, elements)), plmgpu.SwizzleTransform(128)))
 
 
-def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, blocks):
-    inputs = 2 + gated + biased * (1 + gated)
-    x, *weights = refs[:2 + gated]
-    biases = refs[2 + gated:inputs]
-    out, x_smem, w_smem, out_smem, up_smem, full, free = refs[inputs:]
+def _body(x, weights, biases, residual, tiles, out, x_smem, w_smem, out_smem, up_smem, added, full, free, landed, *, m, n, k, groups,
+          stages, split, activation, blocks):
+    gated, grouped = activation is not None, tiles is not None
     group, block = lax.axis_index("group"), lax.axis_index("block")
     chunk = chunk_length(k)
     chunks, chunk_steps = pl.cdiv(k, chunk), chunk // TILE_K
-    m_tiles, n_tiles = pl.cdiv(m, ROWS * groups), pl.cdiv(n, TILE_N)
+    m_tiles, n_tiles = tiles[0, 0] if grouped else pl.cdiv(m, ROWS * groups), pl.cdiv(n, TILE_N)
     items = m_tiles * n_tiles * (chunks if split else 1)
     mine = lax.div(items - block + blocks - 1, blocks)
 
     def place(i):
         item = block + i * blocks
         return lax.rem(item, m_tiles), lax.rem(lax.div(item, m_tiles), n_tiles), lax.div(item, m_tiles * n_tiles)
+
+    def first_row(m_tile):
+        return tiles[m_tile + 1, 1] * EIGHT if grouped else m_tile * ROWS * groups
 
     def chunk_range(c):
         return (c, c + 1) if split else (0, chunks)
@@ -94,9 +98,10 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
 
         def item_loads(i, count):
             m_tile, n_tile, c = place(i)
-            first, last = chunk_range(c)
-            start = first * chunk_steps
-            steps = jnp.minimum(last * chunk_steps, pl.cdiv(k, TILE_K)) - start
+            first_chunk, last_chunk = chunk_range(c)
+            start = first_chunk * chunk_steps
+            steps = jnp.minimum(last_chunk * chunk_steps, pl.cdiv(k, TILE_K)) - start
+            first = first_row(m_tile)
 
             def load(w, s, count):
                 slot = lax.rem(count, stages)
@@ -105,11 +110,12 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
                 def _():
                     plmgpu.barrier_wait(free.at[slot])
                 along_k = pl.ds((start + s) * TILE_K, TILE_K)
-                plmgpu.copy_gmem_to_smem(x.at[pl.ds(m_tile * ROWS * groups, ROWS * groups), along_k], x_smem.at[slot], full.at[slot])
+                plmgpu.copy_gmem_to_smem(x.at[pl.ds(first, ROWS * groups), along_k], x_smem.at[slot], full.at[slot])
                 plmgpu.copy_gmem_to_smem(w.at[pl.ds(n_tile * TILE_N, TILE_N), along_k], w_smem.at[slot], full.at[slot])
                 return count + 1
 
             for w in reversed(weights):
+                w = w.at[tiles[m_tile + 1, 0]] if grouped else w
                 count = lax.fori_loop(0, steps, functools.partial(load, w), count)
             return count
 
@@ -156,7 +162,7 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
 
         def biased_product(which, n_tile, c, count):
             value, count = product(c, count)
-            if biased:
+            if biases:
                 bias = plmgpu.load(biases[which].at[pl.ds(n_tile * TILE_N, TILE_N)], layout=plmgpu.Layout.WGMMA.reduce(0),
                                    optimized=False)
                 value = value + lax.broadcast_in_dim(bias.astype(jnp.float32), value.shape, [1])
@@ -164,17 +170,30 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
 
         def item_products(i, count):
             m_tile, n_tile, c = place(i)
+            first, along_n = first_row(m_tile) + group * ROWS, pl.ds(n_tile * TILE_N, TILE_N)
+            if residual is not None:
+                plmgpu.copy_gmem_to_smem(residual.at[pl.ds(first, ROWS), along_n], added.at[group], landed.at[group])
             if gated:
                 value, count = biased_product(1, n_tile, c, count)
                 up_smem[group] = value
             value, count = biased_product(0, n_tile, c, count)
             if gated:
                 value = ACTIVATIONS[activation](value) * plmgpu.load(up_smem.at[group], layout=plmgpu.Layout.WGMMA)
+            value = value.astype(out_smem.dtype)
+            if residual is not None:
+                plmgpu.barrier_wait(landed.at[group])
+                own = plmgpu.load(added.at[group], layout=plmgpu.Layout.WGMMA)
+                value = (value.astype(jnp.float32) + own.astype(jnp.float32)).astype(out_smem.dtype)
             plmgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_smem[group] = value.astype(out_smem.dtype)
+            out_smem[group] = value
             plmgpu.commit_smem()
             target = out.at[c] if split else out
-            plmgpu.copy_smem_to_gmem(out_smem.at[group], target.at[pl.ds((m_tile * groups + group) * ROWS, ROWS), pl.ds(n_tile * TILE_N, TILE_N)])
+            # In a tile of a group, eights of rows past its end belong to another tile.
+            piece, end = (EIGHT, tiles[m_tile + 1, 2] * EIGHT) if grouped else (ROWS, None)
+            for start in range(0, ROWS, piece):
+                @pl.when(True if end is None else first + start < end)
+                def _():
+                    plmgpu.copy_smem_to_gmem(out_smem.at[group, pl.ds(start, piece)], target.at[pl.ds(first + start, piece), along_n])
             return count
 
         lax.fori_loop(0, mine, item_products, jnp.int32(0))
@@ -183,24 +202,26 @@ def _body(*refs, m, n, k, groups, stages, split, gated, activation, biased, bloc
 
 # A function of its own, so that a program of many layers lowers each distinct kernel once.
 @functools.partial(jax.jit, static_argnames=("out_dtype", "groups", "stages", "split", "activation", "blocks"))
-def _call(x, weights, biases, out_dtype, *, groups, stages, split, activation=None, blocks=SMS):
+def launch(x, weights, biases, out_dtype, *, groups, stages, split, residual=None, tiles=None, activation=None, blocks=SMS):
     """One launch: out [M.., N..] (with `split` float32 [chunks, M.., N..]) of x [M, K] and one or two weights [N, K].
 
-    M.. and N.. are at least M and N; the rest is padding.
+    M.. and N.. are at least M and N; the rest is padding. With `tiles` int32 [1 + n, 3] the weights are [E, N, K]: in row 0
+    how many tiles of rows there are, in each other row a tile's expert, its first row and where its expert's rows end, by
+    EIGHT. Rows of no tile are not written.
     """
     x, *weights = (_padded(a) for a in (x, *weights))
+    residual = None if residual is None else _padded(residual)
     m, k = x.shape
-    n = weights[0].shape[0]
-    gated = len(weights) == 2
+    n = weights[0].shape[-2]
+    gated = activation is not None
     chunks = pl.cdiv(k, chunk_length(k))
     out_dtype = jnp.float32 if split else out_dtype
     wide = n + -n % 64  # TMA stores tiles of 8 x 128 bytes
     out = jax.ShapeDtypeStruct((chunks, m, wide) if split else (m, wide), out_dtype)
-    items = pl.cdiv(m, ROWS * groups) * pl.cdiv(n, TILE_N) * (chunks if split else 1)
-    blocks = min(items, blocks)
-    body = functools.partial(_body, m=m, n=n, k=k, groups=groups, stages=stages, split=split, gated=gated,
-                             activation=activation, biased=bool(biases), blocks=blocks)
-    body.__name__ = "matmul_split" if split else "gated_mlp" if gated else "matmul"
+    m_tiles = pl.cdiv(m, ROWS * groups) if tiles is None else tiles.shape[0] - 1
+    blocks = min(m_tiles * pl.cdiv(n, TILE_N) * (chunks if split else 1), blocks)
+    body = functools.partial(_body, m=m, n=n, k=k, groups=groups, stages=stages, split=split, activation=activation, blocks=blocks)
+    body.__name__ = ("" if tiles is None else "grouped_") + ("matmul_split" if split else "gated_mlp" if gated else "matmul")
     return compat.kernel(
         body, out_type=out,
         scratch_types=[
@@ -208,37 +229,47 @@ def _call(x, weights, biases, out_dtype, *, groups, stages, split, activation=No
             _tiled((stages, TILE_N, TILE_K), x.dtype),
             _tiled((groups, ROWS, TILE_N), out_dtype),
             _tiled((groups, ROWS, TILE_N), jnp.float32) if gated else None,
+            None if residual is None else _tiled((groups, ROWS, TILE_N), out_dtype),
             plmgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plmgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            None if residual is None else plmgpu.Barrier(num_barriers=groups),
         ],
         grid=(blocks,), grid_names=("block",), num_threads=groups + 1, thread_name="group",
-    )(x, *weights, *biases)
+    )(x, weights, biases, residual, tiles)
 
 
-def _checked(x, *weights):
+def checked(x, *weights):
     """How many computing warpgroups the rows of x want; ValueError where the kernel cannot take the operands."""
     for w in weights:
         if x.dtype not in (jnp.bfloat16, jnp.float16) or w.dtype != x.dtype:
             raise ValueError(f"mosaic matmul of {x.dtype} and {w.dtype}: both must be bfloat16 or both float16")
-        if x.shape[1] != w.shape[1]:
+        if x.shape[1] != w.shape[-1]:
             raise ValueError(f"mosaic matmul of {x.shape} and {w.shape}: K must agree")
     return 1 if x.shape[0] <= ROWS else 2
 
 
 def _padded(a):
-    """a [R, K] with zeros up to what TMA takes in tiles of 8 x 64: fewer rows than 8 or whole eights, whole 64s of K.
+    """a [.., R, K] with zeros up to what TMA takes in tiles of 8 x 64: fewer rows than 8 or whole eights, whole 64s of K.
 
     Costs a copy where it applies, which is not in models: their widths are multiples of 64, and all but a few
     vocabularies of 8; an engine's buckets of rows are powers of two.
     """
-    rows = 0 if a.shape[0] < 8 else -a.shape[0] % 8
-    columns = -a.shape[1] % TILE_K
-    return jnp.pad(a, ((0, rows), (0, columns))) if rows or columns else a
+    rows = 0 if a.shape[-2] < EIGHT else -a.shape[-2] % EIGHT
+    columns = -a.shape[-1] % TILE_K
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, rows), (0, columns)]) if rows or columns else a
 
 
 def _whole_tiles(bias):
     """[N] padded to whole column tiles: a bias is read without TMA, so nothing may lie past its end."""
     return bias if bias.shape[0] % TILE_N == 0 else jnp.pad(bias, (0, -bias.shape[0] % TILE_N))
+
+
+def sum_of_parts(parts):
+    """float32 [chunks, M, N] added left to right."""
+    out = parts[0]
+    for chunk in range(1, parts.shape[0]):
+        out = out + parts[chunk]
+    return out
 
 
 def wants_split(m: int, n: int, k: int) -> bool:
@@ -247,35 +278,36 @@ def wants_split(m: int, n: int, k: int) -> bool:
     return m <= 2 * ROWS and k > chunk_length(k) and pl.cdiv(m, ROWS * groups) * pl.cdiv(n, TILE_N) < SMS
 
 
-def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, out_dtype=None, split: bool | None = None) -> jax.Array:
-    """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32."""
-    groups, out_dtype = _checked(x, w), jnp.dtype(out_dtype or x.dtype)
+def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, residual: jax.Array | None = None, out_dtype=None,
+           split: bool | None = None) -> jax.Array:
+    """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32.
+
+    With a residual [T, N] of out_dtype: the result is rounded, then added to it as `rounding.add` does. `split` picks the
+    schedule and changes no bit. ValueError where the kernel cannot take the operands.
+    """
+    groups, out_dtype = checked(x, w), jnp.dtype(out_dtype or x.dtype)
     n = w.shape[0]
+    if residual is not None and (residual.shape != (x.shape[0], n) or residual.dtype != out_dtype):
+        raise ValueError(f"mosaic matmul to {out_dtype} [{x.shape[0]}, {n}]: the residual is {residual.dtype} {list(residual.shape)}")
     if split is None:
         split = wants_split(x.shape[0], n, x.shape[1])
     if out_dtype == jnp.float32 and not split:
         groups = 1  # three warpgroups have 168 registers a thread, and storing float32 spills there
     biases = [] if bias is None or split else [_whole_tiles(bias)]
-    out = _call(x, [w], biases, out_dtype, groups=groups, stages=6 if groups == 1 else 5, split=split)
+    out = launch(x, [w], biases, out_dtype, groups=groups, stages=6 if groups == 1 else 5, split=split,
+                residual=None if split else residual)
     if split:
-        parts, out = out, out[0]
-        for chunk in range(1, parts.shape[0]):
-            out = out + parts[chunk]
+        out = sum_of_parts(out)
         if bias is not None:
-            out = jnp.pad(bias.astype(jnp.float32), (0, parts.shape[2] - n)) + out
-        # XLA may drop a rounding when what follows widens again, and then split would differ from in turn. It keeps
-        # reduce_precision, which flushes float16's subnormals, so there a barrier stands in at the cost of a fusion.
-        if out_dtype == jnp.bfloat16:
-            out = lax.reduce_precision(out, 8, 7)
-        out = out.astype(out_dtype)
-        if out_dtype == jnp.float16:
-            out = lax.optimization_barrier(out)
+            out = jnp.pad(bias.astype(jnp.float32), (0, out.shape[1] - n)) + out
+        out = rounded(out[:x.shape[0], :n], out_dtype)
+        return out if residual is None else add(residual, out)
     return out[:x.shape[0], :n]
 
 
 def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, gate_bias=None, up_bias=None) -> jax.Array:
     """activation(x . gate) * (x . up) for x [T, D] and gate, up [F, D] -> [T, F]; rounded to x's dtype once."""
-    groups = _checked(x, gate, up)
+    groups = checked(x, gate, up)
     if activation not in ACTIVATIONS:
         # Neither version lowers erf in a kernel: the two products in float32, the activation in XLA.
         g, u = matmul(x, gate, gate_bias, out_dtype=jnp.float32), matmul(x, up, up_bias, out_dtype=jnp.float32)
@@ -284,5 +316,5 @@ def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, 
         zero = jnp.zeros(gate.shape[0], x.dtype)
         gate_bias, up_bias = (zero if b is None else b for b in (gate_bias, up_bias))
     biases = [] if gate_bias is None else [_whole_tiles(gate_bias), _whole_tiles(up_bias)]
-    return _call(x, [gate, up], biases, x.dtype, groups=groups, stages=5 if groups == 1 else 4, split=False,
+    return launch(x, [gate, up], biases, x.dtype, groups=groups, stages=5 if groups == 1 else 4, split=False,
                  activation=activation)[:x.shape[0], :gate.shape[0]]

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.ragged import Ragged
-from pallas_kernels.rounding import rounded
+from pallas_kernels.ragged import Ragged, deal, rows_at, starts_of
+from pallas_kernels.rounding import add, rounded
 
 SPLIT = 128        # tokens of context in one split; a multiple of every page size in use
-QUERY_TILE = 32    # query tokens of one sequence that share a gather of its pages
+QUERY_TILE = 32    # query tokens of one sequence that share a gather of its pages, and rows that share an expert's weights
 CHAIN_CHUNK = 1024  # K covered by one chain of the product above, in float32
 MASKED = -1e30     # stands for -inf and keeps `max - max` finite
 
@@ -86,12 +86,17 @@ def product_of_few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.optimization_barrier(out).T
 
 
-def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, out_dtype=None, product=_product) -> jax.Array:
-    """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32."""
+def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, residual: jax.Array | None = None, out_dtype=None,
+           product=_product) -> jax.Array:
+    """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32.
+
+    With a residual [T, N] of out_dtype: the result is rounded, then added to it as `rounding.add` does.
+    """
     out = product(x, w)
     if bias is not None:
         out = out + bias.astype(jnp.float32)
-    return rounded(out, out_dtype or x.dtype)
+    out = rounded(out, out_dtype or x.dtype)
+    return out if residual is None else add(residual, out)
 
 
 def row_sum(x: jax.Array) -> jax.Array:
@@ -126,75 +131,47 @@ def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, 
     return rounded(ACTIVATIONS[activation](g) * u, x.dtype)
 
 
-def write_kv(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    """pages [num_pages, page_size, K, H] with each row [T, K, H] stored at its slot [T]; slots past the end are dropped."""
-    flat = pages.reshape(-1, *pages.shape[2:])
-    return flat.at[slots].set(rows.astype(pages.dtype), mode="drop").reshape(pages.shape)
+def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, out_dtype=None) -> jax.Array:
+    """Each row of x [T, K] times the weights of its expert, w [E, N, K] -> [T, N] in out_dtype (x's by default).
 
-
-def _query_tiles(ragged: Ragged, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For each tile of queries: its token indices [n, Q] (out of range where empty), its sequence [n], and for each
-    token of the step its place [T] in the flattened tiles."""
-    start, count = ragged.query_start[:-1], jnp.diff(ragged.query_start)  # [S]
-    tiles_of = -(-count // QUERY_TILE)
-    first_tile = jnp.cumsum(tiles_of) - tiles_of
-    # sum(ceil(count / Q)) for counts that add up to at most `tokens`
-    num_tiles = (tokens + min(count.shape[0], tokens) * (QUERY_TILE - 1)) // QUERY_TILE
-    tile = jnp.arange(num_tiles)
-    owner = jnp.searchsorted(first_tile + tiles_of, tile, side="right").clip(0, count.shape[0] - 1)
-    offset = (tile - first_tile[owner])[:, None] * QUERY_TILE + jnp.arange(QUERY_TILE)
-    index = jnp.where((offset >= 0) & (offset < count[owner][:, None]), start[owner][:, None] + offset, tokens)
-    token = jnp.arange(tokens)
-    sequence = jnp.searchsorted(ragged.query_start[1:], token, side="right").clip(0, count.shape[0] - 1)
-    place = first_tile[sequence] * QUERY_TILE + token - start[sequence]
-    return index, owner, place
-
-
-def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragged, *, scale: float,
-              window: int | None = None, softcap: float | None = None, static_bound: bool = False) -> jax.Array:
-    """Causal attention of q [T, N, H] over the pages of each token's sequence -> [T, N, H] in q's dtype.
-
-    A token sees positions p with own - window < p <= own (window None: all up to its own). With `static_bound` the
-    loop runs over all pages of the tables, which makes it differentiable; the bits are the same, since a split that
-    no row sees adds an exact zero.
+    Rows come sorted by expert, group_sizes int32 [E] of each; rows past their sum give zeros. A row of expert e has the
+    bits of `matmul(row, w[e])`. One expert's rows go QUERY_TILE at a time, so that few rows read few experts.
     """
-    tokens, heads, width = q.shape
-    page_size, kv_heads = k_pages.shape[1], k_pages.shape[2]
-    group = heads // kv_heads
-    if ragged.query_start is None:
-        tiles, position, table = q[:, None], ragged.positions[:, None], ragged.block_tables
-    else:
-        index, owner, place = _query_tiles(ragged, tokens)
-        tiles = q.at[index].get(mode="fill", fill_value=0)
-        position = ragged.positions.at[index].get(mode="fill", fill_value=-1)
-        table = ragged.block_tables[owner]
-    n, per_tile = position.shape
-    rows = per_tile * group
-    # [n, K, Q * G, H]
-    tiles = tiles.reshape(n, per_tile, kv_heads, group, width).swapaxes(1, 2).reshape(n, kv_heads, rows, width)
-    row_position = jnp.repeat(position, group, axis=1)[:, None, :, None]  # [n, 1, Q * G, 1]
+    tokens = x.shape[0]
+    dealt = deal(starts_of(group_sizes, tokens), tokens, min(tokens, QUERY_TILE))
+    out = lax.map(lambda tile: matmul(tile[0], w[tile[1]], out_dtype=out_dtype), (rows_at(x, dealt.source), dealt.owner))
+    return rows_at(out.reshape(-1, w.shape[1]), dealt.place)
 
-    pages_per_split = SPLIT // page_size
-    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_per_split)))
-    num_splits = table.shape[1] // pages_per_split
 
+def grouped_gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, group_sizes: jax.Array, activation: str) -> jax.Array:
+    """activation(x . gate) * (x . up) of each row with its expert's gate and up [E, F, D] -> [T, F]; `grouped_matmul` says more."""
+    return gated_mlp(x, gate, up, activation, product=lambda x, w, _, out_dtype: grouped_matmul(x, w, group_sizes, out_dtype=out_dtype))
+
+
+def write_kv(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
+    """pages [num_pages, page_size, K, H] with each row [T, K, H] stored at its slot [T]; slots below 0 or past the end are dropped."""
+    flat = pages.reshape(-1, *pages.shape[2:])
+    # unless told, jax counts a negative index from the end
+    return flat.at[slots].set(rows.astype(pages.dtype), mode="drop", wrap_negative_indices=False).reshape(pages.shape)
+
+
+def _attention(tiles, load, seen, first, last, *, scale, softcap):
+    """Softmax of q tiles [n, K, M, H] over splits first .. last - 1 -> float32 [n, K, M, H], zero for a row that sees nothing.
+
+    load(i) -> k and v [n, SPLIT, K, H] of split i; seen(i) -> bool [n, 1, M, SPLIT], what each row sees of it.
+    """
     def split_step(i, carry):
         top, total, acc = carry
-        pages = lax.dynamic_slice_in_dim(table, i * pages_per_split, pages_per_split, 1)
-        k = k_pages[pages].reshape(n, SPLIT, kv_heads, width)
-        v = v_pages[pages].reshape(n, SPLIT, kv_heads, width)
-        score = jnp.einsum("nkmh,nlkh->nkml", tiles, k, precision=_precision(q.dtype),
+        k, v = load(i)
+        score = jnp.einsum("nkmh,nlkh->nkml", tiles, k, precision=_precision(tiles.dtype),
                            preferred_element_type=jnp.float32)
         score = lax.optimization_barrier(score) * scale
         if softcap is not None:
             score = jnp.tanh(score / softcap) * softcap
-        seen_position = i * SPLIT + jnp.arange(SPLIT)
-        seen = seen_position <= row_position
-        if window is not None:
-            seen &= seen_position > row_position - window
-        score = jnp.where(seen, score, MASKED)
+        visible = seen(i)
+        score = jnp.where(visible, score, MASKED)
         own_top = row_max(score)
-        p = jnp.where(seen, jnp.exp(score - own_top), 0.0)
+        p = jnp.where(visible, jnp.exp(score - own_top), 0.0)
         own_total = row_sum(p)[..., None]
         own_acc = lax.optimization_barrier(jnp.einsum(
             "nkml,nlkh->nkmh", lax.optimization_barrier(rounded(p, v.dtype)), v, precision=_precision(v.dtype),
@@ -205,9 +182,61 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
         return (new_top, total * old + lax.optimization_barrier(own_total * own),
                 acc * old + lax.optimization_barrier(own_acc * own))
 
-    shape = (n, kv_heads, rows)
-    start = (jnp.full(shape + (1,), MASKED, jnp.float32), jnp.zeros(shape + (1,), jnp.float32),
-             jnp.zeros(shape + (width,), jnp.float32))
+    shape = tiles.shape[:3]
+    start = (jnp.full(shape + (1,), MASKED, jnp.float32), jnp.zeros(shape + (1,), jnp.float32), jnp.zeros(tiles.shape, jnp.float32))
+    _, total, acc = lax.fori_loop(first, last, split_step, start)
+    return acc / jnp.where(total == 0, 1.0, total)
+
+
+def _tiles_of(q, kv_heads):
+    """q [n, Q, N, H] as [n, K, Q * G, H]: the rows that share a kv head."""
+    n, per_tile, heads, width = q.shape
+    group = heads // kv_heads
+    return q.reshape(n, per_tile, kv_heads, group, width).swapaxes(1, 2).reshape(n, kv_heads, per_tile * group, width)
+
+
+def _rows_of(tiles, per_tile):
+    """[n, K, Q * G, H] as [n * Q, N, H]."""
+    n, kv_heads, rows, width = tiles.shape
+    out = tiles.reshape(n, kv_heads, per_tile, rows // per_tile, width).swapaxes(1, 2)
+    return out.reshape(n * per_tile, -1, width)
+
+
+def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragged, *, scale: float,
+              window: int | None = None, softcap: float | None = None, static_bound: bool = False) -> jax.Array:
+    """Causal attention of q [T, N, H] over the pages of each token's sequence -> [T, N, H] in q's dtype.
+
+    A token sees positions p with own - window < p <= own (window None: all up to its own). With `static_bound` the
+    loop runs over all pages of the tables, which makes it differentiable; the bits are the same, since a split that
+    no row sees adds an exact zero.
+    """
+    page_size, kv_heads = k_pages.shape[1:3]
+    if ragged.query_start is None:
+        tiles, position, table = q[:, None], ragged.positions[:, None], ragged.block_tables
+    else:
+        dealt = deal(ragged.query_start, q.shape[0], QUERY_TILE)
+        tiles = rows_at(q, dealt.source)
+        position = ragged.positions.at[dealt.source].get(mode="fill", fill_value=-1)
+        table = ragged.block_tables[dealt.owner]
+    n, per_tile = position.shape
+    row_position = jnp.repeat(position, q.shape[1] // kv_heads, axis=1)[:, None, :, None]  # [n, 1, Q * G, 1]
+
+    pages_per_split = SPLIT // page_size
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_per_split)))
+    num_splits = table.shape[1] // pages_per_split
+
+    last_seen = position.max(1)[:, None, None, None]
+
+    def load(i):
+        pages = lax.dynamic_slice_in_dim(table, i * pages_per_split, pages_per_split, 1)
+        k, v = (a[pages].reshape(n, SPLIT, kv_heads, -1) for a in (k_pages, v_pages))
+        # What follows in the page may be another sequence's, or what it left there: its NaN times zero would be NaN.
+        return k, jnp.where((i * SPLIT + jnp.arange(SPLIT))[:, None, None] <= last_seen, v, 0)
+
+    def seen(i):
+        position = i * SPLIT + jnp.arange(SPLIT)
+        return (position <= row_position) & (True if window is None else position > row_position - window)
+
     first, last = 0, num_splits
     if not static_bound:
         last = jnp.minimum(position.max() // SPLIT + 1, num_splits)
@@ -215,11 +244,9 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
             lowest = jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max).min()
             first = jnp.clip(lowest - window + 1, 0) // SPLIT
             first = jnp.minimum(first, last)
-    _, total, acc = lax.fori_loop(first, last, split_step, start)
-    out = acc / jnp.where(total == 0, 1.0, total)  # an empty row is zero, not NaN
-    out = rounded(out, q.dtype).reshape(n, kv_heads, per_tile, group, width).swapaxes(1, 2)
-    out = out.reshape(n * per_tile, heads, width)
-    return out if ragged.query_start is None else out[place]
+    out = _attention(_tiles_of(tiles, kv_heads), load, seen, first, last, scale=scale, softcap=softcap)
+    out = _rows_of(rounded(out, q.dtype), per_tile)
+    return out if ragged.query_start is None else rows_at(out, dealt.place)
 
 
 def attend(q, k, v, k_pages, v_pages, ragged: Ragged, **options):
@@ -227,3 +254,42 @@ def attend(q, k, v, k_pages, v_pages, ragged: Ragged, **options):
     k_pages = write_kv(k_pages, k, ragged.slots)
     v_pages = write_kv(v_pages, v, ragged.slots)
     return attention(q, k_pages, v_pages, ragged, **options), k_pages, v_pages
+
+
+def attend_bidirectional(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, *, scale: float, window: int | None = None,
+                         softcap: float | None = None, static_bound: bool = False) -> jax.Array:
+    """Attention of q [T, N, H] over k and v [T, K, H] of whole sequences that follow one another -> [T, N, H] in q's dtype.
+
+    starts int32 [S + 1]: the first token of each sequence, from 0, and the end of the last; tokens past it give zeros.
+    Token i of a sequence sees every token j of it with |i - j| <= window (None: all), and nothing of its neighbours,
+    not even a NaN. Splits count from the sequence's own start. `static_bound`: as for `attention`.
+    """
+    tokens, heads, _ = q.shape
+    kv_heads = k.shape[1]
+    dealt = deal(starts, tokens, QUERY_TILE)
+    begin, end = starts[dealt.owner], starts[dealt.owner + 1]
+    base, most = jnp.zeros_like(begin), -(-tokens // SPLIT)
+    last_seen = end - begin - 1
+    if window is not None:  # from the split that holds the first token that the tile's first row sees
+        base = jnp.maximum(dealt.first - window, 0) // SPLIT
+        last_seen = jnp.minimum(last_seen, dealt.first + QUERY_TILE - 1 + window)
+        most = min(most, (2 * window + QUERY_TILE - 1) // SPLIT + 2)
+    row = jnp.repeat(dealt.first[:, None] + jnp.arange(QUERY_TILE), heads // kv_heads, axis=1)[:, None, :, None]  # [n, 1, Q * G, 1]
+
+    def positions(i):
+        return (base + i)[:, None] * SPLIT + jnp.arange(SPLIT)
+
+    def load(i):
+        index = begin[:, None] + positions(i)
+        index = jnp.where(index < end[:, None], index, tokens)
+        return rows_at(k, index), rows_at(v, index)
+
+    def seen(i):
+        position = positions(i)[:, None, None]
+        inside = position < (end - begin)[:, None, None, None]
+        return inside & (True if window is None else jnp.abs(position - row) <= window)
+
+    held = dealt.source[:, 0] < tokens
+    last = most if static_bound else jnp.where(held, last_seen // SPLIT + 1 - base, 0).max()
+    out = _attention(_tiles_of(rows_at(q, dealt.source), kv_heads), load, seen, 0, last, scale=scale, softcap=softcap)
+    return rows_at(_rows_of(rounded(out, q.dtype), QUERY_TILE), dealt.place)

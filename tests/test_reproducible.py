@@ -110,12 +110,12 @@ def test_preemption_changes_nothing(folder):
 
 def test_a_broken_tree_is_caught(folder, monkeypatch):
     """A matrix product that sums in two halves when few rows run: what a kernel tuned to the batch does."""
-    def tuned(x, w, bias=None, *, out_dtype=None):
+    def tuned(x, w, bias=None, *, residual=None, out_dtype=None):
         if x.shape[0] > 4:
-            return reference.matmul(x, w, bias, out_dtype=out_dtype)
+            return reference.matmul(x, w, bias, residual=residual, out_dtype=out_dtype)
         half = x.shape[1] // 2
         parts = [reference.matmul(x[:, s], w[:, s], out_dtype=jnp.float32) for s in (slice(None, half), slice(half, None))]
-        out = parts[0] + parts[1] + (0 if bias is None else bias)
+        out = parts[0] + parts[1] + (0 if bias is None else bias) + (0 if residual is None else residual)
         return out.astype(out_dtype or x.dtype)
 
     broken = dataclasses.replace(dispatch.SERVING, matmul=tuned)

@@ -13,6 +13,6 @@ class Linear:
     bias: jax.Array | None  # [out]
 
 
-def linear(p: Linear, x: jax.Array, kernels: Kernels) -> jax.Array:
-    """x [T, in] -> [T, out] in x's dtype."""
-    return kernels.matmul(x, p.weight, p.bias)
+def linear(p: Linear, x: jax.Array, kernels: Kernels, residual: jax.Array | None = None) -> jax.Array:
+    """x [T, in] -> [T, out] in x's dtype, added to the residual [T, out] if there is one."""
+    return kernels.matmul(x, p.weight, p.bias, residual=residual)

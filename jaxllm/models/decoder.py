@@ -16,7 +16,6 @@ from jaxllm.layers.linear import Linear, linear
 from jaxllm.layers.rope import rotate
 from pallas_kernels.dispatch import REFERENCE, Kernels
 from pallas_kernels.ragged import Ragged, contiguous
-from pallas_kernels.rounding import add
 
 PAGE_SIZE = 16  # of the throw-away cache of `whole`
 
@@ -80,7 +79,7 @@ def template(cfg: ModelConfig, dtype) -> Decoder:
     return Decoder(array(cfg.vocab_size, d), (layer,) * len(cfg.layers), array(d), None if cfg.tied else array(cfg.vocab_size, d))
 
 
-def _attention(cfg: ModelConfig, spec: LayerSpec, p: Layer, x, k_pages, v_pages, ragged: Ragged, kernels: Kernels):
+def _attention(cfg: ModelConfig, spec: LayerSpec, p: Layer, residual, x, k_pages, v_pages, ragged: Ragged, kernels: Kernels):
     tokens = x.shape[0]
     q = linear(p.q, x, kernels).reshape(tokens, cfg.num_heads, cfg.head_dim)
     k = linear(p.k, x, kernels).reshape(tokens, cfg.num_kv_heads, cfg.head_dim)
@@ -91,19 +90,18 @@ def _attention(cfg: ModelConfig, spec: LayerSpec, p: Layer, x, k_pages, v_pages,
     q, k = rotate(q, ragged.positions, spec.rope), rotate(k, ragged.positions, spec.rope)
     out, k_pages, v_pages = kernels.attend(q, k, v, k_pages, v_pages, ragged, scale=cfg.attention_scale,
                                            window=spec.window, softcap=None)
-    return linear(p.o, out.reshape(tokens, -1), kernels), k_pages, v_pages
+    return linear(p.o, out.reshape(tokens, -1), kernels, residual), k_pages, v_pages
 
 
 # A function of its own for jit, so that equal layers are traced and lowered once; XLA puts it in line again.
 @partial(jax.jit, static_argnames=("cfg", "spec", "kernels"))
 def _layer(p: Layer, x, k_pages, v_pages, ragged: Ragged, *, cfg: ModelConfig, spec: LayerSpec, kernels: Kernels):
     """One layer: x [T, D] and the layer's pages -> the same, with the layer's output added and its keys and values written."""
-    out, k_pages, v_pages = _attention(cfg, spec, p, kernels.rms_norm(x, p.attention_norm, cfg.norm_eps),
-                                       k_pages, v_pages, ragged, kernels)
-    x = add(x, out)
+    x, k_pages, v_pages = _attention(cfg, spec, p, x, kernels.rms_norm(x, p.attention_norm, cfg.norm_eps),
+                                     k_pages, v_pages, ragged, kernels)
     normed = kernels.rms_norm(x, p.mlp_norm, cfg.norm_eps)
     hidden = kernels.gated_mlp(normed, p.gate.weight, p.up.weight, cfg.activation, gate_bias=p.gate.bias, up_bias=p.up.bias)
-    return add(x, linear(p.down, hidden, kernels)), k_pages, v_pages
+    return linear(p.down, hidden, kernels, residual=x), k_pages, v_pages
 
 
 def forward(cfg: ModelConfig, params: Decoder, cache: KVCache, tokens: jax.Array, ragged: Ragged, *,

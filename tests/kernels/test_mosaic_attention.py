@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic_attention as ma
+from pallas_kernels import reference
 from pallas_kernels.mosaic_kv import write_kv
 from pallas_kernels.ragged import Ragged
 
@@ -128,7 +129,12 @@ def test_runs_of_any_length_repeat_one_block_that_does_all_splits():
         same(run(case, step, **options, run=length), want)
 
 
-def test_keys_and_values_reach_their_slots_and_nothing_else_changes():
+def reference_write(k_pages, v_pages, k, v, slots):
+    return reference.write_kv(k_pages, k, slots), reference.write_kv(v_pages, v, slots)
+
+
+@pytest.mark.parametrize("write_kv", [write_kv, reference_write])
+def test_keys_and_values_reach_their_slots_and_nothing_else_changes(write_kv):
     rng = np.random.default_rng(7)
     pages = jnp.asarray(rng.standard_normal((6, 16, 2, 64)), jnp.bfloat16)
     k, v = (jnp.asarray(rng.standard_normal((13, 2, 64)), jnp.bfloat16) for _ in range(2))
@@ -139,6 +145,19 @@ def test_keys_and_values_reach_their_slots_and_nothing_else_changes():
         inside = (slots >= 0) & (slots < 96)
         want[slots[inside]] = np.asarray(rows)[inside]
         np.testing.assert_array_equal(np.asarray(after).reshape(96, 2, 64).view(np.uint16), want.view(np.uint16))
+
+
+@pytest.mark.parametrize("attend", [ma.attend, reference.attend])
+@pytest.mark.parametrize("decode", [True, False])
+def test_slots_and_tables_out_of_range_change_no_page(attend, decode):
+    i32 = lambda *values: jnp.asarray(values, jnp.int32)
+    pages = jax.random.normal(jax.random.key(9), (4, 16, 1, 64)).astype(jnp.bfloat16)
+    rows = jnp.ones((3, 1, 64), jnp.bfloat16)
+    tables = jnp.asarray([[-1, 4, 2 ** 30], [1000, -2 ** 31, 3], [-2 ** 31, 2 ** 31 - 1, -1]], jnp.int32)
+    ragged = Ragged(i32(3, 20, 2 ** 20), i32(-5, 64, -2 ** 31), i32(4, 21, 0), tables, None if decode else i32(0, 1, 2, 2))
+    _, k_pages, v_pages = attend(rows, rows, rows, pages, pages, ragged, scale=0.125)
+    same(np.asarray(k_pages), np.asarray(pages))
+    same(np.asarray(v_pages), np.asarray(pages))
 
 
 def test_attend_sees_what_it_wrote():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic_matmul as mm
+from pallas_kernels.rounding import add
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 K, N = 320, 136  # two chunks of 256 and 64; a whole column tile and 8 columns of a second
@@ -54,12 +55,31 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows_and_both_schedules():
 def test_a_chunk_sum_is_the_product_over_that_chunk_alone():
     x, w, *_ = operands(2)
     chunk = mm.chunk_length(K)
-    parts = mm._call(x, [w], [], jnp.float32, groups=1, stages=2, split=True)
+    parts = mm.launch(x, [w], [], jnp.float32, groups=1, stages=2, split=True)
     for c in range(parts.shape[0]):
         along = slice(c * chunk, (c + 1) * chunk)
         alone = mm.matmul(x[:, along], w[:, along], out_dtype=jnp.float32)
         np.testing.assert_array_equal(bits(parts[c, :, :N]), bits(alone))
     np.testing.assert_array_equal(bits(parts[0, :, :N] + parts[1, :, :N]), bits(mm.matmul(x, w, out_dtype=jnp.float32)))
+
+
+@pytest.mark.parametrize("dtype, out", [(jnp.bfloat16, jnp.bfloat16), (jnp.float16, jnp.float16), (jnp.bfloat16, jnp.float32)])
+def test_a_residual_in_the_epilogue_has_the_bits_of_the_sum_after_it_in_both_schedules(dtype, out):
+    x, w, _, b, _ = operands(67, dtype=dtype, seed=11)
+    residual = 3 * jax.random.normal(jax.random.key(12), (67, N)).astype(out)
+    want = bits(add(residual, mm.matmul(x, w, b, out_dtype=out)))
+    for rows, split in ((67, False), (3, True)):
+        got = mm.matmul(x[:rows], w, b, residual=residual[:rows], out_dtype=out, split=split)
+        np.testing.assert_array_equal(bits(got), want[:rows])
+    assert (want != bits((jnp.float32(1) * residual + mm.matmul(x, w, b, out_dtype=jnp.float32)).astype(out))).any() or out == jnp.float32, \
+        "without the rounding before the sum the bits would be others"
+
+
+def test_a_residual_of_another_shape_or_dtype_is_refused():
+    x, w, *_ = operands(3)
+    for wrong in (jnp.zeros((3, N)), jnp.zeros((2, N), jnp.bfloat16)):
+        with pytest.raises(ValueError, match="the residual is"):
+            mm.matmul(x, w, residual=wrong)
 
 
 @pytest.mark.parametrize("activation, curve", [

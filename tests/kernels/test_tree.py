@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels import reference
 from pallas_kernels.ragged import Ragged
+from pallas_kernels.rounding import add
 
 SHAPES = [(576, 192), (1536, 576), (2100, 96)]  # K, N: of small models, and one that needs three chains
 COUNTS = [*range(1, 41), 64, 100, 257]
@@ -58,6 +59,16 @@ def test_products_made_for_few_rows_change_no_bit(k, n, dtype):
         np.testing.assert_array_equal(bits(few(x[:rows], w, bias)), bits(plain(x[:rows], w, bias)), err_msg=f"{rows} rows")
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_residual_given_to_a_product_has_the_bits_of_the_sum_after_it(dtype):
+    x, w = operands(576, 192, dtype, rows=9)
+    bias, residual = w[:, 0] * 3, 3 * x[:, :192]
+    inside = jax.jit(lambda x, r: reference.matmul(x, w, bias, residual=r))
+    product, outside = jax.jit(lambda x: reference.matmul(x, w, bias)), jax.jit(add)
+    for rows in (1, 2, 9):
+        np.testing.assert_array_equal(bits(inside(x[:rows], residual[:rows])), bits(outside(residual[:rows], product(x[:rows]))))
+
+
 @pytest.mark.parametrize("width", [64, 576, 5000])
 def test_norms_and_softmax_sums_do_not_see_other_rows(width):
     x = jax.random.normal(jax.random.key(width), (64, width)) * 3
@@ -98,3 +109,16 @@ def test_decode_prefill_and_chunked_prefill_have_the_same_bits(dtype, window, so
         np.testing.assert_array_equal(attend([(0, t, t + 1)], decode=True)[0], whole[t], err_msg=f"token {t} alone")
     crowd = attend([(0, t, t + 1) for t in (299, 3, 128)] + [(1, 9, 10)], decode=True)
     np.testing.assert_array_equal(crowd[:3], whole[np.array([299, 3, 128])])
+
+
+def test_a_nan_past_the_end_of_a_sequence_or_in_a_page_that_is_not_its_own_changes_no_bit():
+    k_pages, v_pages = (jax.random.normal(jax.random.key(i), (6, 16, 2, 64)) for i in range(2))
+    q = jax.random.normal(jax.random.key(2), (40, 2, 64))
+    poison = lambda pages: pages.at[2, 8:].set(jnp.nan).at[3:].set(jnp.nan)  # the sequence has 40 tokens in pages 0, 1 and 2
+    for rows, starts in ((slice(0, 40), jnp.asarray([0, 40])), (slice(39, 40), None)):
+        position = jnp.arange(40, dtype=jnp.int32)[rows]
+        ragged = Ragged(position, position, jnp.asarray([40], jnp.int32), jnp.asarray([[0, 1, 2, 3, 4, 5]], jnp.int32), starts)
+        want, got = (reference.attention(q[rows], *pages, ragged, scale=0.125)
+                     for pages in ((k_pages, v_pages), (poison(k_pages), poison(v_pages))))
+        np.testing.assert_array_equal(bits(got), bits(want))
+        assert jnp.isfinite(want).all()
