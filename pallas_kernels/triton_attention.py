@@ -218,7 +218,7 @@ def refusal(head_dim: int, dtype, page_size: int) -> str | None:
     if head_dim % 8 or not 8 <= head_dim <= 256:
         return f"head_dim {head_dim}: triton attention takes multiples of 8 up to 256"
     if jnp.dtype(dtype) == jnp.float32 and head_dim > 128:
-        return f"head_dim {head_dim} in float32: triton attention takes at most 128, wider keys and values do not fit the shared memory"
+        return f"head_dim {head_dim} in float32: triton attention takes at most 128, wider keys do not fit the shared memory"
     return None
 
 
@@ -238,7 +238,8 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
     page_size, kv_heads = k_pages.shape[1:3]
     reason = refusal(width, q.dtype, page_size)
     if reason or k_pages.dtype != q.dtype or v_pages.dtype != q.dtype:
-        raise ValueError(reason or f"queries are {q.dtype}, pages {k_pages.dtype} and {v_pages.dtype}: triton attention takes one dtype")
+        raise ValueError(reason or f"queries are {q.dtype}, pages {k_pages.dtype} and {v_pages.dtype}: "
+                         "triton attention takes one dtype")
     group = heads // kv_heads
     if ragged.query_start is None:
         rows = 16
@@ -258,7 +259,8 @@ def _write_body(k, v, slots, k_pages, v_pages, k_out, v_out, *, wide):
     inside = (slot >= 0) & (slot < k_out.shape[0])
     mask = inside & (column < k.shape[1])
     for rows, out in ((k, k_out), (v, v_out)):
-        pltriton.store(out.at[jnp.where(inside, slot, 0), column], pltriton.load(rows.at[token, column], mask=mask, other=0.0), mask=mask)
+        row = pltriton.load(rows.at[token, column], mask=mask, other=0.0)
+        pltriton.store(out.at[jnp.where(inside, slot, 0), column], row, mask=mask)
 
 
 @jax.jit  # a program of many layers then lowers the kernel once

@@ -93,7 +93,8 @@ def _body(*refs, rows, columns, split, gated, activation, biased):
             mask = along_k if mask is None else mask & along_k
         if mask is not None:
             mask = jnp.broadcast_to(mask, (size, step_k))
-        return pltriton.load(ref.at[pl.ds(first, size), pl.ds(first_k, step_k)], mask=mask, other=None if mask is None else 0.0)
+        block = ref.at[pl.ds(first, size), pl.ds(first_k, step_k)]
+        return pltriton.load(block, mask=mask, other=None if mask is None else 0.0)
 
     zero = tuple(jnp.zeros((rows, columns), jnp.float32) for _ in weights)
 
@@ -128,9 +129,9 @@ def _call(x, weights, biases, out_dtype, *, split, activation=None):
     rows, columns, warps, stages = _tile(m, x.dtype, gated)
     chunks = pl.cdiv(k, chunk_length(k)) if split else 1
     name = "matmul_split" if split else "gated_mlp" if gated else "matmul"
+    body = compat.named(name, _body, rows=rows, columns=columns, split=split, gated=gated, activation=activation, biased=bool(biases))
     return pl.pallas_call(
-        compat.named(name, _body, rows=rows, columns=columns, split=split, gated=gated, activation=activation, biased=bool(biases)),
-        grid=(pl.cdiv(m, rows) * pl.cdiv(n, columns), chunks),
+        body, grid=(pl.cdiv(m, rows) * pl.cdiv(n, columns), chunks),
         out_shape=jax.ShapeDtypeStruct((chunks, m, n), jnp.float32) if split else jax.ShapeDtypeStruct((m, n), out_dtype),
         compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
     )(x, *weights, *biases)

@@ -90,4 +90,5 @@ def log_sum_exp(x: jax.Array) -> jax.Array:
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x [..., D] divided by its root mean square and scaled by weight [D], computed in float32, in x's dtype."""
     rows = x.reshape(-1, x.shape[-1])
-    return _call(compat.named("rms_norm", _rms_norm_body, eps=eps), jax.ShapeDtypeStruct(rows.shape, x.dtype), rows, weight).reshape(x.shape)
+    out = jax.ShapeDtypeStruct(rows.shape, x.dtype)
+    return _call(compat.named("rms_norm", _rms_norm_body, eps=eps), out, rows, weight).reshape(x.shape)

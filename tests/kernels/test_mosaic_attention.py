@@ -43,4 +43,5 @@ def test_pages_of_another_dtype_are_refused():
 @pytest.mark.parametrize("group", cases.GROUPS)
 @pytest.mark.parametrize("window, softcap", cases.MASKS)
 def test_every_shape(width, page_size, group, window, softcap):
-    cases.ragged_steps_match_float64_and_decode_repeats_their_bits(attention, width, group, page_size, window, softcap, jnp.bfloat16)
+    shape = width, group, page_size, window, softcap, jnp.bfloat16
+    cases.ragged_steps_match_float64_and_decode_repeats_their_bits(attention, *shape)

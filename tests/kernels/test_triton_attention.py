@@ -9,7 +9,8 @@ from pallas_kernels.triton_attention import attend, attention, write_kv  # noqa:
 pytestmark = pytest.mark.usefixtures("interpreted_triton")
 
 
-@pytest.mark.parametrize("width, group, page_size, window, softcap, dtype", [*cases.SHAPES, (96, 20, 128, None, None, jnp.float32)])
+@pytest.mark.parametrize("width, group, page_size, window, softcap, dtype",
+                         [*cases.SHAPES, (96, 20, 128, None, None, jnp.float32)])
 def test_ragged_steps_match_float64_and_decode_repeats_their_bits(width, group, page_size, window, softcap, dtype):
     cases.ragged_steps_match_float64_and_decode_repeats_their_bits(attention, width, group, page_size, window, softcap, dtype)
 
@@ -43,7 +44,8 @@ def test_pages_of_another_dtype_are_refused():
 @pytest.mark.parametrize("group", cases.GROUPS)
 @pytest.mark.parametrize("window, softcap", cases.MASKS)
 def test_every_shape(width, page_size, group, window, softcap):
-    cases.ragged_steps_match_float64_and_decode_repeats_their_bits(attention, width, group, page_size, window, softcap, jnp.bfloat16)
+    shape = width, group, page_size, window, softcap, jnp.bfloat16
+    cases.ragged_steps_match_float64_and_decode_repeats_their_bits(attention, *shape)
 
 
 @pytest.mark.slow

@@ -22,12 +22,13 @@ def step(kernels, params, cache, parts, decode=False, padding=2):
     """(hidden, logits, cache) of a step over parts [(tokens, first position, table)], some padding after them."""
     tokens = np.concatenate([t for t, _, _ in parts] + [np.zeros(padding, int)])
     positions = np.concatenate([np.arange(first, first + len(t)) for t, first, _ in parts] + [np.zeros(padding, int)])
-    slots = np.concatenate([np.asarray(table)[np.arange(first, first + len(t)) // PAGE] * PAGE + np.arange(first, first + len(t)) % PAGE
-                            for t, first, table in parts] + [np.full(padding, NOWHERE)])
+    owner = np.repeat(range(len(parts) + 1), [len(t) for t, _, _ in parts] + [padding])
+    tables = np.stack([table for _, _, table in parts] + [parts[0][2]])
+    slots = np.where(owner < len(parts), tables[owner, positions // PAGE] * PAGE + positions % PAGE, NOWHERE)
     empty = padding if decode else 0
     ragged = Ragged(*(jnp.asarray(a, jnp.int32) for a in (
         positions, slots, [first + len(t) for t, first, _ in parts] + [0] * empty,
-        np.stack([table for _, _, table in parts] + [parts[0][2]] * empty))),
+        np.concatenate([tables[:-1], tables[-1:].repeat(empty, 0)]))),
         None if decode else jnp.asarray(np.cumsum([0] + [len(t) for t, _, _ in parts]), jnp.int32))
 
     @partial(jax.jit, donate_argnums=1)
@@ -42,7 +43,8 @@ def test_a_row_alone_in_a_prompt_and_in_a_crowd_has_the_same_bits_through_a_deco
     kernels = _triton()
     leaves, tree = jax.tree.flatten(decoder.template(CFG, jnp.bfloat16))
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    params = jax.tree.unflatten(tree, [(jax.random.normal(key, a.shape) * a.shape[-1] ** -0.5).astype(a.dtype) for key, a in zip(keys, leaves)])
+    params = jax.tree.unflatten(tree, [(jax.random.normal(key, a.shape) * a.shape[-1] ** -0.5).astype(a.dtype)
+                                       for key, a in zip(keys, leaves)])
     rng = np.random.default_rng(1)
     ours, other = rng.integers(300, size=70), rng.integers(300, size=21)
     fresh = lambda: jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), decoder.empty_cache(CFG, PAGES, PAGE, jnp.bfloat16))
