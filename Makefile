@@ -2,7 +2,7 @@
 # make test       installs into .venv and runs the tests
 # make parity     the tests against transformers on torch, which live in .venv-oracle
 # make test-oldest  the tests on the oldest jax that is supported
-# make compile-gpu  compiles kernels and engine programs for an H200, without one
+# make compile-gpu  compiles kernels and engine programs for an H200, an A100 and an L4, without one
 # make clean      removes what the others made
 
 PROMPT ?= Once upon a time
@@ -29,7 +29,9 @@ test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest tests --ignore=tests/parity $(PYTEST_OPTIONS)
 
 compile-gpu: .venv-compile/.installed
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-compile/bin/python tools/compile_gpu.py
+	.venv-compile/bin/python tools/compile_gpu.py
+	.venv-compile/bin/python tools/compile_gpu.py --card a100 --model-shape smollm2-135m
+	.venv-compile/bin/python tools/compile_gpu.py --card l4 --kernels-only
 
 clean:
 	rm -rf .venv .venv-oldest .venv-compile .venv-oracle .jax_cache .pytest_cache .parity build jaxllm.egg-info

@@ -42,6 +42,32 @@ def interpreting():
         gpu_callbacks.np = numpy
 
 
+@contextlib.contextmanager
+def interpreting_triton():
+    """Inside, Triton kernels run on the CPU: their bodies become XLA operations, one block of the grid after another."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode  # 0.11.2: its value wins over interpret=
+    with force_gpu_interpret_mode(True):
+        yield
+
+
+def no_triton() -> str | None:
+    """Why Pallas has no Triton backend here, or None if it has one. Deprecated in 0.11.2 and in 0.12.0."""
+    try:
+        from jax.experimental.pallas import triton
+        triton.CompilerParams(num_warps=4, num_stages=1)
+    except (ImportError, AttributeError, TypeError) as error:
+        return f"jax {jax.__version__} has no Triton backend for Pallas ({error})"
+    return None
+
+
+def named(name, body, **static):
+    """`body` with `static` bound, as a function of that name: Triton names a kernel after its function, even inside a partial."""
+    def kernel(*refs):
+        body(*refs, **static)
+    kernel.__name__ = kernel.__qualname__ = name
+    return kernel
+
+
 class _Ordered:
     """numpy with a matmul of one order."""
 

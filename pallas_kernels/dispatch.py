@@ -43,6 +43,15 @@ def _mosaic() -> Kernels:
                    mosaic_grouped.grouped_matmul, mosaic_grouped.grouped_gated_mlp)
 
 
+@cache
+def _triton() -> Kernels:
+    """Ampere and Ada. Imported when chosen, and named nowhere else: jax will drop its Triton backend."""
+    from pallas_kernels import triton_attention, triton_matmul, triton_rows
+    return Kernels("triton", triton_matmul.matmul, triton_matmul.gated_mlp, triton_rows.rms_norm, triton_attention.attend,
+                   triton_rows.log_sum_exp, triton_rows.row_sum, reference.attend_bidirectional, reference.grouped_matmul,
+                   reference.grouped_gated_mlp)
+
+
 def _capability(value) -> tuple[int, int] | None:
     """(major, minor) of "9.0", 9.0 or (9, 0)."""
     if value is None:
@@ -61,26 +70,44 @@ def _why_not_mosaic(platform, compute_capability, head_dim, dtype, page_size) ->
     return None if reason is None else f"mosaic: {reason}"
 
 
+def _why_not_triton(platform, compute_capability, head_dim, dtype, page_size) -> str | None:
+    if platform not in ("gpu", "cuda"):
+        return f"triton: needs an NVIDIA GPU, the platform is {platform}"
+    major = (_capability(compute_capability) or (0, 0))[0]
+    if major != 8:
+        why = "; on 9.0 Triton would compute 16 rows by mma and 64 by wgmma, two orders of a sum" if major == 9 else ""
+        return f"triton: written for compute capability 8.0 to 8.9 (Ampere, Ada), the device has {compute_capability}{why}"
+    from pallas_kernels import compat
+    reason = compat.no_triton()
+    if reason is None:
+        from pallas_kernels import triton_attention
+        reason = triton_attention.refusal(head_dim, dtype, page_size)
+    return None if reason is None else f"triton: {reason}"
+
+
 def choose(platform: str, compute_capability, head_dim: int, dtype, page_size: int, want: str = "auto") -> Kernels:
     """The kernels for a device and a model, with the reasons in `.reasons`.
 
-    A named choice is strict: ValueError says why it cannot be had. "auto" takes mosaic where it runs and else the
-    reference, and keeps the reason. There are no Triton kernels.
+    A named choice is strict: ValueError says why it cannot be had. "auto" takes mosaic on Hopper and triton on Ampere and Ada
+    where they run, else the reference, and keeps the reasons.
     """
     dtype = getattr(dtype, "dtype", dtype)
     if want not in ("auto", "mosaic", "triton", "reference"):
         raise ValueError(f"kernels {want!r}: allowed are auto, mosaic, triton and reference")
-    if want == "triton":
-        raise ValueError("triton: not written; on cards before Hopper choose reference, on Hopper mosaic")
     if want == "reference":
         return dataclasses.replace(SERVING, reasons=("reference: asked for",))
-    reason = _why_not_mosaic(platform, compute_capability, head_dim, dtype, page_size)
-    if reason is None:
-        why = "asked for" if want == "mosaic" else "the device is a Hopper and the model fits"
-        return dataclasses.replace(_mosaic(), reasons=(f"mosaic: {why}",))
-    if want == "mosaic":
-        raise ValueError(reason)
-    reasons = (reason,)
+    reasons = ()
+    for name, why_not, kernels, card in (("mosaic", _why_not_mosaic, _mosaic, "a Hopper"),
+                                         ("triton", _why_not_triton, _triton, "an Ampere or an Ada")):
+        if want not in ("auto", name):
+            continue
+        reason = why_not(platform, compute_capability, head_dim, dtype, page_size)
+        if reason is None:
+            why = "asked for" if want == name else f"the device is {card} and the model fits"
+            return dataclasses.replace(kernels(), reasons=reasons + (f"{name}: {why}",))
+        if want == name:
+            raise ValueError(reason)
+        reasons += (reason,)
     if platform in ("gpu", "cuda"):
         reasons += ("reference: XLA picks matrix products by shape on a GPU, so bits may depend on the batch",)
     return dataclasses.replace(SERVING, reasons=reasons)

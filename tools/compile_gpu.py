@@ -1,6 +1,6 @@
 """Compiles every kernel and the engine's step programs for an NVIDIA card on a machine that has none, and judges them.
 
-    python tools/compile_gpu.py [--card h200|h100|a100] [--model-shape llama3-8b|qwen2.5-0.5b|smollm2-135m ...] [--format json]
+    python tools/compile_gpu.py [--card h200|h100|a100|l4] [--model-shape llama3-8b|qwen2.5-0.5b|smollm2-135m ...] [--format json]
                                 [--kernels-only] [--layers N]
 
 Reports seconds, temporaries and aliased bytes for each program, registers, spills and shared memory for each kernel, and
@@ -30,7 +30,7 @@ gpu_device_info {{
   threads_per_core_limit: 2048  core_count: {cores}  fpus_per_core: {fpus}
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
   memory_bandwidth: {bandwidth}  l2_cache_size: {l2}  clock_rate_ghz: {clock}  device_memory_size: {memory}
-  shared_memory_per_block_optin: {smem}  cuda_compute_capability {{ major: {major} minor: 0 }}
+  shared_memory_per_block_optin: {smem}  cuda_compute_capability {{ major: {major} minor: {minor} }}
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
@@ -38,12 +38,14 @@ dnn_version_info {{ major: 9 minor: 8 }}
 runtime_version {{ major: 12 minor: 9 }}
 device_description_str: "{name}"
 """
-HOPPER = dict(core_smem=233472, cores=132, fpus=128, l2=62914560, clock=1.98, smem=232448, major=9)
+HOPPER = dict(core_smem=233472, cores=132, fpus=128, l2=62914560, clock=1.98, smem=232448, major=9, minor=0)
 CARDS = {
     "h200": CARD.format(name="NVIDIA H200", bandwidth=4800000000000, memory=150000000000, **HOPPER),
     "h100": CARD.format(name="NVIDIA H100 80GB HBM3", bandwidth=3350000000000, memory=85000000000, **HOPPER),
     "a100": CARD.format(name="NVIDIA A100-SXM4-80GB", bandwidth=2039000000000, memory=85000000000, core_smem=167936, cores=108,
-                        fpus=64, l2=41943040, clock=1.41, smem=166912, major=8),
+                        fpus=64, l2=41943040, clock=1.41, smem=166912, major=8, minor=0),
+    "l4": CARD.format(name="NVIDIA L4", bandwidth=300000000000, memory=24000000000, core_smem=102400, cores=58, fpus=128,
+                      l2=50331648, clock=2.04, smem=101376, major=8, minor=9),
 }
 SHAPES = {  # width, mlp_width, heads, kv_heads, head_dim, layers, vocabulary, tied, qkv_bias
     "llama3-8b": (4096, 14336, 32, 8, 128, 32, 128256, False, False),
@@ -66,7 +68,9 @@ def respawn() -> None:
         env = os.environ | {
             "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_PTXAS": "1", "COMPILE_GPU_DUMP": dump,
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text "
-                         "--xla_dump_hlo_pass_re=none", "TF_CPP_MIN_LOG_LEVEL": "3"}
+                         "--xla_dump_hlo_pass_re=none",
+            # What ptxas says of kernels that XLA compiles, Triton's among them, XLA keeps to its own log.
+            "TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "subprocess_compilation=3"}
         sys.exit(subprocess.run([sys.executable, __file__, *sys.argv[1:]], env=env).returncode)
 
 
@@ -119,7 +123,12 @@ def compiled(name: str, function, arguments, *, donate=(), step=False, cache_byt
     """The report on one program, with what is wrong with it in "faults"."""
     import jax
     start, clock = time.time(), time.perf_counter()
-    result, log = captured(lambda: jax.jit(function, donate_argnums=donate).lower(*arguments).compile())
+    card = jax.tree.leaves(arguments)[0].sharding.mesh.abstract_mesh
+
+    def compile_it():
+        with jax.sharding.use_abstract_mesh(card):  # Triton's lowering asks it which card to compile for
+            return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    result, log = captured(compile_it)
     report = {"program": name, "seconds": round(time.perf_counter() - clock, 2), "faults": []}
     if isinstance(result, Exception):
         return report | {"faults": [f"{type(result).__name__}: {str(result)[:600]}"]}
@@ -196,6 +205,43 @@ def kernel_programs(array):
                    (array((512, 4 * group, width), dtype), kv, kv, array((17,), i32)))
 
 
+def triton_programs(array):
+    """(name, function, arguments) of every Triton kernel, over dtypes, tiles, widths and schedules."""
+    import jax.numpy as jnp
+    from functools import partial
+
+    from pallas_kernels import triton_attention as ta, triton_matmul as tm, triton_rows as tr
+    from pallas_kernels.ragged import Ragged
+    bf16, f16, f32, i32 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32
+    for m, n, k, dtype in ((1, 4096, 4096, bf16), (64, 4096, 14336, f16), (2048, 4096, 14336, bf16), (2048, 576, 1536, f16),
+                           (8, 100, 890, bf16), (1, 576, 1536, f32), (512, 576, 1536, f32)):
+        yield f"matmul {m}x{n}x{k} {dtype.__name__}", tm.matmul, (array((m, k), dtype), array((n, k), dtype), array((n,), dtype))
+    for m in (1, 256):
+        yield f"logits {m}x49152x576", partial(tm.matmul, out_dtype=f32), (array((m, 576), bf16), array((49152, 576), bf16))
+    for m, activation, dtype in ((1, "silu", bf16), (64, "silu", bf16), (2048, "silu", bf16), (2048, "gelu_tanh", f16),
+                                 (512, "silu", f32)):
+        f = lambda x, g, u, a=activation: tm.gated_mlp(x, g, u, a)
+        weight = array((1536, 576), dtype)
+        yield f"gated {activation} {m} {dtype.__name__}", f, (array((m, 576), dtype), weight, weight)
+    for width in (64, 576, 4096, 5000):
+        yield f"rms_norm {width}", partial(tr.rms_norm, eps=1e-5), (array((64, width), bf16), array((width,), bf16))
+    yield "log_sum_exp", tr.log_sum_exp, (array((64, 128256), f32),)
+    yield "row_sum", tr.row_sum, (array((64, 896), f32),)
+    pages = array((512, 16, 3, 64), bf16)
+    yield "write_kv", ta.write_kv, (pages, pages, array((13, 3, 64), bf16), array((13, 3, 64), bf16), array((13,), i32))
+    for width, group, page, window, softcap, dtype in (
+            (64, 3, 16, None, None, bf16), (80, 8, 32, None, 50.0, f16), (96, 1, 16, 1024, None, bf16), (128, 4, 64, None, None, bf16),
+            (128, 7, 16, 1024, 50.0, bf16), (256, 8, 32, 1024, 50.0, bf16), (64, 3, 16, None, None, f32), (128, 4, 16, None, None, f32)):
+        kv = array((512, page, 2, width), dtype)
+        for kind, t, s in (("decode", 4, 4), ("decode in runs", 4, 4), ("prefill", 256, 8)):
+            ragged = Ragged(array((t,), i32), array((t,), i32), array((s,), i32), array((s, 4096 // page), i32),
+                            array((s + 1,), i32) if kind == "prefill" else None)
+            run = {"decode": None, "decode in runs": 2, "prefill": "auto"}[kind]
+            f = partial(ta.attention, scale=width ** -0.5, window=window, softcap=softcap, run=run)
+            name = f"attention {kind} H={width} G={group} page={page} window={window} softcap={softcap} {dtype.__name__}"
+            yield name, f, (array((t, 2 * group, width), dtype), kv, kv, ragged)
+
+
 def step_programs(shape: str, array, kernels, layers: int | None):
     """(name, function, arguments, donated, cache bytes) of decode and prefill steps: forward, logits, the greedy token."""
     import jax
@@ -247,7 +293,7 @@ def main() -> int:
     topology = topologies.get_topology_desc(platform="cuda", target_config=CARDS[options.card], topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
     array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    capability = "8.0" if options.card == "a100" else "9.0"
+    capability = {"a100": "8.0", "l4": "8.9"}.get(options.card, "9.0")
     reports = []
 
     def add(report):
@@ -257,8 +303,9 @@ def main() -> int:
 
     chosen = dispatch.choose("gpu", capability, 128, "bfloat16", PAGE)
     print(f"jax {jax.__version__}, {options.card}: {chosen.name}: {'; '.join(chosen.reasons)}", file=sys.stderr)
-    if not options.programs_only and chosen.name == "mosaic":
-        for name, function, arguments in kernel_programs(array):
+    programs = {"mosaic": kernel_programs, "triton": triton_programs}.get(chosen.name)
+    if not options.programs_only and programs:
+        for name, function, arguments in programs(array):
             add(compiled(name, function, arguments, dump=dump))
     if not options.kernels_only:
         for shape in options.model_shape:

@@ -1,4 +1,4 @@
-"""Mosaic kernels run here in GPU-interpret mode, on the CPU."""
+"""Kernels run here on the CPU: Mosaic's in GPU-interpret mode, Triton's in the plain one."""
 import pytest
 
 from pallas_kernels import compat
@@ -18,6 +18,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def interpreted():
-    """Kernels called inside the test are simulated."""
+    """Mosaic kernels called inside the test are simulated."""
     with compat.interpreting():
+        yield
+
+
+@pytest.fixture
+def interpreted_triton():
+    """Triton kernels called inside the test are interpreted."""
+    with compat.interpreting_triton():
         yield
