@@ -7,7 +7,7 @@ import pytest
 from pallas_kernels import mosaic_rows as mr
 
 pytestmark = pytest.mark.usefixtures("interpreted")
-WIDTHS = [80, 576, 4096 + 128 + 77]  # less than a warpgroup; many pieces; a whole piece and a ragged rest
+WIDTHS = [80, 576, 4096 + 128 + 72, 128 + 77]  # less than a warpgroup; pieces and a rest; a whole piece too; padded, as it is odd
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -34,3 +34,10 @@ def test_rows_match_float64_and_do_not_see_each_other(width):
 def test_log_sum_exp_of_large_and_absent_logits():
     x = jnp.full((2, 300), -jnp.inf).at[0, 7].set(1e4).at[1, 3:5].set(-1e4)
     np.testing.assert_allclose(np.asarray(mr.log_sum_exp(x)), [1e4, -1e4 + np.log(2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("width, padded", [(576, False), (896, False), (64, True), (129, True)])
+def test_a_norm_of_aligned_rows_copies_nothing(width, padded):
+    x = jax.ShapeDtypeStruct((2, width), jnp.bfloat16)
+    text = str(jax.make_jaxpr(lambda x, w: mr.rms_norm(x, w, 1e-5))(x, jax.ShapeDtypeStruct((width,), jnp.bfloat16)))
+    assert (" pad[" in text) == padded
