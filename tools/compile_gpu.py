@@ -67,7 +67,8 @@ MOST_TEMPORARIES = 1 << 30
 FEWEST_IN_GRAPH = 5  # launches: XLA makes no command buffer of fewer
 ROWS, TOKENS, SCORED = (1, 64, 256), (16, 2048, 8192), 2048  # buckets compiled by default; hidden states that are scored
 CONTEXT, PAGE = 8192, 16
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_PTXAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_PTXAS": "1",
+               "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 @contextlib.contextmanager
@@ -145,7 +146,8 @@ def compiled(name: str, function, arguments, static=None, *, step=False, layers=
         instructions = list(compiler_log.executed(parts))
         report |= {"temporaries": memory.temp_size_in_bytes, "aliased": memory.alias_size_in_bytes}
         report["kernels"], calls = kernel_reports(instructions, log[0], known)
-        found = compiler_log.thunks(dumped(dump, "thunk_sequence_after_thunk_passes", "thunk_sequence"), dumped(dump, "thunk_metadata"))
+        found = compiler_log.thunks(dumped(dump, "thunk_sequence_after_thunk_passes", "thunk_sequence"),
+                                    dumped(dump, "thunk_metadata"))
         report |= compiler_log.launches(found, {i.name: i for i in instructions}, calls, layers)
     except Exception as error:  # noqa: BLE001  whatever it was, it is no clean report
         faults.append(f"the compiler's report cannot be read: {type(error).__name__}: {error}")
@@ -262,9 +264,9 @@ class Compiler:
     """What one process holds: the card's description, and every program that the options ask for."""
 
     def __init__(self, options):
-        self.dump = Path(tempfile.mkdtemp(prefix="compile_gpu"))
-        os.environ |= ENVIRONMENT | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={self.dump} --xla_dump_hlo_as_text "
-                                                  "--xla_dump_hlo_pass_re=none"}
+        self.dump = Path(tempfile.mkdtemp(dir=options.scratch))
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={self.dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
+        os.environ |= ENVIRONMENT | {"XLA_FLAGS": flags}
         import jax
         from jax.experimental import topologies
         from jax.sharding import NamedSharding, PartitionSpec
@@ -310,13 +312,15 @@ def _compile(index: int) -> dict:
 
 def line(report: dict) -> str:
     """One program, its kernels and its layer's launches as text."""
-    text = (f"{'FAULT' if report['faults'] else 'ok':5} {report['seconds']:6.2f} s  {report.get('temporaries', 0) / 2 ** 20:8.1f} MiB temporaries  "
-            f"{report.get('aliased', 0) / 2 ** 20:8.1f} MiB aliased  {report['program']}")
+    mebibytes = lambda key: f"{report.get(key, 0) / 2 ** 20:8.1f} MiB {key}"
+    text = (f"{'FAULT' if report['faults'] else 'ok':5} {report['seconds']:6.2f} s  {mebibytes('temporaries')}  {mebibytes('aliased')}  "
+            f"{report['program']}")
     for kernel in report.get("kernels", []):
         text += (f"\n      {kernel['kernel']}: {kernel['registers']} registers, {kernel['spill_bytes']} bytes spilled, "
                  f"{kernel['shared_memory']} bytes of shared memory")
     if report.get("per_layer"):
-        text += f"\n      {report['launches']} launches in {'+'.join(report['top'][:4])}, {report['per_layer']} a layer; one layer: {', '.join(report['one_layer'])}"
+        text += (f"\n      {report['launches']} launches in {'+'.join(report['top'][:4])}, {report['per_layer']} a layer; "
+                 f"one layer: {', '.join(report['one_layer'])}")
     return text + "".join(f"\n      FAULT {fault}" for fault in report["faults"])
 
 
@@ -337,7 +341,8 @@ def main() -> int:
         print(INSTALL)
         return 2
     context = multiprocessing.get_context("spawn")  # jax reads its environment when it is imported, in each process anew
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context, initializer=_start, initargs=(options,)) as pool:
+    with tempfile.TemporaryDirectory(prefix="compile_gpu") as options.scratch, concurrent.futures.ProcessPoolExecutor(
+            options.jobs, mp_context=context, initializer=_start, initargs=(options,)) as pool:
         said, names = pool.submit(_listed).result()
         print(f"jax {said['jax']}, {said['card']}: {said['kernels']}: {'; '.join(said['reasons'])}", file=sys.stderr)
         wanted = [(i, name) for i, name in enumerate(names) if options.match in name]

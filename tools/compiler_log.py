@@ -5,8 +5,9 @@ import re
 from collections import Counter
 
 PASSED_ON = ("bitcast", "get-tuple-element", "tuple", "optimization-barrier")      # the same bytes under another name
-COMPUTES = ("dot", "convolution", "custom-call", "gather", "scatter", "dynamic-update-slice")  # read a part, write in place, or multiply
+COMPUTES = ("dot", "convolution", "custom-call", "gather", "scatter", "dynamic-update-slice")  # multiply, read a part, write in place
 NO_COPIES = ("parameter", "constant", "while", "call", "conditional", *COMPUTES, *PASSED_ON)
+CONTAINERS = {"kCommandBuffer", "kSequential", "kWhile", "kConditional"}  # thunks that hold others and launch nothing themselves
 LAUNCHES = {"kCustomKernel", "kKernel", "kCustomCall", "kCopy", "kMemset32BitValue", "kMemzero"}  # thunks that only start work
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)")
 
@@ -30,7 +31,8 @@ class Instruction:
     @property
     def elements(self) -> int:
         """Of the largest array in its type."""
-        return max((math.prod(map(int, filter(None, shape.split(",")))) for shape in re.findall(r"\w+\[([\d,]*)\]", self.type)), default=0)
+        shapes = re.findall(r"\w+\[([\d,]*)\]", self.type)
+        return max((math.prod(int(n) for n in shape.split(",") if n) for shape in shapes), default=0)
 
     @property
     def calls(self) -> list[str]:
@@ -70,8 +72,9 @@ def mosaic_module(instruction: Instruction) -> bytes | None:
     found = re.search(r'\bmodule = "((?:[^"\\]|\\.)*)"', instruction.line)
     if not found:
         raise ValueError(f"the Mosaic call {instruction.name} carries no module: jax writes it in another way than this file reads")
-    text = found[1].encode("latin-1")
-    return re.sub(rb'\\([0-9A-Fa-f]{2}|\\|"|n|t)', lambda m: bytes([int(m[1], 16)]) if len(m[1]) == 2 else {b"n": b"\n", b"t": b"\t"}.get(m[1], m[1]), text)
+    plain = {b"n": b"\n", b"t": b"\t"}
+    return re.sub(rb'\\([0-9A-Fa-f]{2}|\\|"|n|t)', lambda m: bytes([int(m[1], 16)]) if len(m[1]) == 2 else plain.get(m[1], m[1]),
+                  found[1].encode("latin-1"))
 
 
 def launch_of(module: str) -> dict:
@@ -123,21 +126,20 @@ def kind_of(thunk: str, name: str, instructions: dict[str, Instruction], kernels
     if thunk == "kCopy" and instruction:
         return f"copy {instruction.type.lstrip('(').split('{')[0]}"
     if thunk in ("kCustomKernel", "kKernel") and name:
-        return "xla " + re.sub(r"[._]\d+$", "", name)
+        return "xla " + re.sub(r"\.\d+|\.clone", "", re.sub(r"\.remat\w*", " rematerialized", name))
     target = re.search(r'custom_call_target="([^"]*)"', instruction.line) if instruction else None
     return f"{thunk} {target[1]}" if target else thunk
 
 
 def launches(found: list[tuple[int, str, str]], instructions: dict[str, Instruction], kernels: dict[str, str], layers: int) -> dict:
-    """{top, inside, per_layer, one_layer}: the outermost thunks, launches by kind, their number for each layer, one layer's list.
+    """{top, inside, launches, per_layer, one_layer}: the outermost thunks, launches by kind and in all, all / layers, one layer's.
 
     A layer is what lies between two launches of a kind that occurs once a layer, a Mosaic kernel where there is one; without
     such a kind the list is empty.
     """
     outer = min(depth for depth, *_ in found)
     top = [thunk for depth, thunk, _ in found if depth == outer]
-    held = [(thunk, name) for depth, thunk, name in found if depth > outer]
-    names = [kind_of(thunk, name, instructions, kernels) for thunk, name in held or [(t, n) for _, t, n in found]]
+    names = [kind_of(thunk, name, instructions, kernels) for _, thunk, name in found if thunk not in CONTAINERS]
     counted = Counter(names)
     candidates = [name for name in names if counted[name] == layers]
     once = next((n for n in candidates if n in kernels.values()), candidates[0] if candidates else None) if layers > 1 else None
@@ -165,5 +167,6 @@ def copies(parts: dict[str, list[Instruction]], root: str) -> list[str]:
             inner = [i.opcode for name in instruction.calls for i in parts.get(name, ())]
             for source in sources if not set(inner) & set(COMPUTES) else ():
                 if 2 * instruction.elements >= source.elements:
-                    found.append(f"{source.op_name} {source.type.split('{')[0]} -> {instruction.name} {instruction.type.split('{')[0]}")
+                    before, after = (i.type.split("{")[0] for i in (source, instruction))
+                    found.append(f"{source.op_name} {before} -> {instruction.name} {after}")
     return found
