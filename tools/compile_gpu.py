@@ -326,12 +326,13 @@ def line(report: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--card", choices=CARDS, default="h200")
-    parser.add_argument("--model-shape", choices=SHAPES, nargs="*", default=["llama3-8b", "smollm2-135m"])
-    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("--card", choices=CARDS, default="h200", help="(h200)")
+    parser.add_argument("--model-shape", choices=SHAPES, nargs="*", default=["llama3-8b", "smollm2-135m"],
+                        help="(llama3-8b smollm2-135m)")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="(text)")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--kernels-only", action="store_true")
-    only.add_argument("--programs-only", action="store_true")
+    only.add_argument("--kernels-only", action="store_true", help="each kernel as a program of its own, over dtypes, widths and schedules")
+    only.add_argument("--programs-only", action="store_true", help="the engine's programs")
     parser.add_argument("--all-buckets", action="store_true", help="every bucket of an engine; without it a few of each kind")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for a quick look")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (2)")
