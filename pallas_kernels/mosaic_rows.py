@@ -27,10 +27,10 @@ PIECE = 4096  # 32 numbers a lane: enough loads in flight, few enough registers
 
 
 def _pieces(length):
-    """(start, size) of the pieces of a row whose length is a multiple of 128."""
+    """(start, size) of the pieces of a row past its whole pieces of 4096, down to a rest under 128."""
     start = length // PIECE * PIECE
     size = PIECE // 2
-    while start < length:
+    while length - start >= LANES:
         if length - start >= size:
             yield start, size
             start += size
@@ -45,12 +45,15 @@ def _load(ref, row, start, size):
     return plmgpu.load(ref.at[row, pl.ds(start, size)], layout=layout, optimized=False).astype(jnp.float32)
 
 
-def _fold(ref, row, start_value, add):
-    """add(value, piece) over the pieces of a row, ascending."""
+def _fold(ref, row, start_value, add, nothing=0.0):
+    """add(value, piece) over the pieces of a row, ascending; `nothing` stands in a piece for what is not its own."""
     length = ref.shape[1]
     value = lax.fori_loop(0, length // PIECE, lambda i, v: add(v, _load(ref, row, i * PIECE, PIECE)), start_value)
     for start, size in _pieces(length):
         value = add(value, _load(ref, row, start, size))
+    if rest := length % LANES:
+        place = plmgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=plmgpu.Layout.WG_STRIDED((LANES,), 1))
+        value = add(value, jnp.where(place >= LANES - rest, _load(ref, row, length - LANES, LANES), nothing))
     return value
 
 
@@ -61,8 +64,8 @@ def _row_sum_body(x, out):
 
 def _log_sum_exp_body(x, out):
     row = lax.axis_index("row")
-    top = _fold(x, row, jnp.float32(-jnp.inf), lambda top, piece: jnp.maximum(top, piece.max()))
-    total = _fold(x, row, jnp.float32(0), lambda total, piece: total + jnp.exp(piece - top).sum())
+    top = _fold(x, row, jnp.float32(-jnp.inf), lambda top, piece: jnp.maximum(top, piece.max()), -jnp.inf)
+    total = _fold(x, row, jnp.float32(0), lambda total, piece: total + jnp.exp(piece - top).sum(), -jnp.inf)
     out[row] = top + jnp.log(total)
 
 
@@ -78,12 +81,15 @@ def _rms_norm_body(x, weight, out, *, width, eps):
     lax.fori_loop(0, x.shape[1] // PIECE, lambda i, _: store(i * PIECE, PIECE), None)
     for start, size in _pieces(x.shape[1]):
         store(start, size)
+    if x.shape[1] % LANES:
+        store(x.shape[1] - LANES, LANES)  # some numbers twice, and the same
 
 
 def _padded(x, value=0):
-    """x [.., D] as [rows, D rounded up to 128]."""
+    """x [.., D] as [rows, D], D rounded up to 128 where rows are short or begin where a load of 16 bytes cannot."""
     x = x.reshape(-1, x.shape[-1])
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)), constant_values=value) if x.shape[1] % LANES else x
+    as_it_is = x.shape[1] % LANES == 0 or x.shape[1] >= LANES and x.shape[1] * x.dtype.itemsize % 16 == 0
+    return x if as_it_is else jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)), constant_values=value)
 
 
 def _call(body, name, out, *operands):

@@ -6,6 +6,7 @@ host can read the last step's tokens, and build masks and penalties from them, w
 """
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -68,6 +69,23 @@ def score(params, hidden, rows, targets, *, cfg: ModelConfig, kernels: Kernels, 
     return sampler.report(logits, targets, top, kernels)
 
 
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted functions of an engine. Lowered on shapes alone they are compiled for a device that is not there."""
+
+    forward: Callable  # (params, cache, last_token, batch) -> (hidden, logits, cache); `cache` is donated
+    draw: Callable     # (logits, last_token, inputs, *, features) -> (Drawn, last_token); `last_token` is donated
+    score: Callable    # (params, hidden, rows, targets, *, top) -> Drawn
+
+
+def programs(cfg: ModelConfig, kernels: Kernels) -> Programs:
+    """What a `Runner` of this model runs."""
+    return Programs(
+        jax.jit(partial(forward, cfg=cfg, kernels=kernels), donate_argnames="cache"),
+        jax.jit(partial(sampler.sample, kernels=kernels), static_argnames="features", donate_argnames="last_token"),
+        jax.jit(partial(score, cfg=cfg, kernels=kernels), static_argnames="top"))
+
+
 @dataclasses.dataclass
 class Step:
     """A step on its way: device arrays that are not read yet."""
@@ -89,15 +107,13 @@ class Runner:
         dtype = params.embedding.dtype
         self.cache = decoder.empty_cache(cfg, config.num_pages, config.page_size, dtype)
         self.last_token = jnp.zeros(config.max_num_seqs, jnp.int32)
-        self._forward = jax.jit(partial(forward, cfg=cfg, kernels=kernels), donate_argnames="cache")
-        self._draw = jax.jit(partial(sampler.sample, kernels=kernels), static_argnames="features", donate_argnames="last_token")
-        self._score = jax.jit(partial(score, cfg=cfg, kernels=kernels), static_argnames="top")
+        self._programs = programs(cfg, kernels)
 
     def forward(self, plan: Plan) -> Step:
         """The step, dispatched; nothing is waited for."""
         batch = batches.build(plan, self.config)
         with self._configured("forward", batch.tokens.shape, plan.decode):
-            hidden, logits, self.cache = self._forward(self.params, self.cache, self.last_token, batch)
+            hidden, logits, self.cache = self._programs.forward(self.params, self.cache, self.last_token, batch)
             step = Step(plan, hidden, logits)
             self._score_prompts(step)
             return step
@@ -106,7 +122,7 @@ class Runner:
         """The tokens of the step's sequences, dispatched."""
         inputs, step.features = batches.sampling_inputs(step.plan.work, step.logits.shape[0], self.cfg.vocab_size, self.config)
         with self._configured("draw", step.logits.shape, step.features):
-            step.drawn, self.last_token = self._draw(step.logits, self.last_token, inputs, features=step.features)
+            step.drawn, self.last_token = self._programs.draw(step.logits, self.last_token, inputs, features=step.features)
         for leaf in jax.tree.leaves(step.drawn):
             leaf.copy_to_host_async()
 
@@ -128,7 +144,8 @@ class Runner:
                     rows, ids = np.full(SCORE_ROWS, at, np.int32), np.zeros(SCORE_ROWS, np.int32)
                     rows[:len(part)] = at + first + np.arange(len(part))
                     ids[:len(part)] = part
-                    step.scored.append((i, work.start + first, len(part), self._score(self.params, step.hidden, rows, ids, top=top)))
+                    drawn = self._programs.score(self.params, step.hidden, rows, ids, top=top)
+                    step.scored.append((i, work.start + first, len(part), drawn))
             at += work.count
 
     @contextlib.contextmanager
@@ -145,17 +162,17 @@ class Runner:
         for tokens, decode in shapes:
             batch = batches.padding(tokens, decode, self.config)
             with self._configured("forward", batch.tokens.shape, decode):
-                _, logits, self.cache = self._forward(self.params, self.cache, self.last_token, batch)
+                _, logits, self.cache = self._programs.forward(self.params, self.cache, self.last_token, batch)
             for features in (Features(), Features(random=True), Features(random=True, truncated=True)):
                 inputs, _ = batches.sampling_inputs(empty.work, logits.shape[0], self.cfg.vocab_size, self.config)
                 with self._configured("draw", logits.shape, features):
-                    drawn, self.last_token = self._draw(logits, self.last_token, inputs, features=features)
+                    drawn, self.last_token = self._programs.draw(logits, self.last_token, inputs, features=features)
         jax.block_until_ready(drawn)
         return sum(self.compiled_programs().values())
 
     def compiled_programs(self) -> dict[str, int]:
         """How many programs each of the three has been compiled to."""
-        return {"forward": self._forward._cache_size(), "draw": self._draw._cache_size(), "score": self._score._cache_size()}
+        return {field.name: getattr(self._programs, field.name)._cache_size() for field in dataclasses.fields(Programs)}
 
     def close(self) -> None:
         """Gives the device memory of cache and weights back."""

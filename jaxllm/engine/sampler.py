@@ -151,4 +151,6 @@ def highest(enough, like: jax.Array) -> jax.Array:
         holds = enough(middle)
         return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
 
-    return lax.fori_loop(0, 32, halve, (low, high))[0]
+    # A loop would end the CUDA graph of the step: there its 32 turns are written out.
+    search = lambda unroll: lambda *bounds: lax.fori_loop(0, 32, halve, bounds, unroll=unroll)[0]
+    return lax.platform_dependent(low, high, cuda=search(True), default=search(False))

@@ -134,3 +134,20 @@ def test_a_row_draws_the_same_whatever_its_neighbours_need(logits):
                                            SamplingParams(allowed_token_ids=[3], logprobs=-1)))
     assert features == Features(True, True, 16, True, V)
     assert alone.tokens[0] == crowd.tokens[0]
+
+
+@pytest.mark.parametrize("platform, loops", [("cpu", True), ("cuda", False)])
+def test_the_bisection_is_a_loop_except_in_a_cuda_graph(platform, loops):
+    from pallas_kernels.dispatch import Kernels
+    kernels = Kernels("plain", *(None,) * 5, row_sum=lambda x: x.sum(-1))
+    row = lambda dtype: jax.ShapeDtypeStruct((2,), dtype)
+    traced = jax.jit(lambda *a: sampler.truncate(*a, kernels)).trace(
+        jax.ShapeDtypeStruct((2, V), jnp.float32), row(jnp.int32), row(jnp.float32), row(jnp.float32))
+    assert ("stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()) == loops
+
+
+def test_the_bisection_written_out_finds_what_its_loop_finds(logits, monkeypatch):
+    arguments = jnp.asarray(logits), jnp.array([V, 3, 10, V]), jnp.array([0.5, 1.0, 0.9, 0.99]), jnp.array([0.0, 0.0, 0.1, 0.01])
+    looped = sampler.truncate(*arguments, SERVING)
+    monkeypatch.setattr(sampler.lax, "platform_dependent", lambda *a, cuda, default: cuda(*a))
+    np.testing.assert_array_equal(np.asarray(sampler.truncate(*arguments, SERVING)), np.asarray(looped))
