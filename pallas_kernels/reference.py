@@ -167,7 +167,8 @@ def _attention(tiles, load, seen, first, last, *, scale, softcap):
                            preferred_element_type=jnp.float32)
         score = lax.optimization_barrier(score) * scale
         if softcap is not None:
-            score = jnp.tanh(score / softcap) * softcap
+            # Fenced on both sides, or the division and the product are fused with what stands beside them, by shape.
+            score = lax.optimization_barrier(jnp.tanh(lax.optimization_barrier(score / softcap)) * softcap)
         visible = seen(i)
         score = jnp.where(visible, score, MASKED)
         own_top = row_max(score)
