@@ -12,7 +12,7 @@ from tales_tokenizer import END
 from jaxllm.checkpoint.rules import Rule
 from jaxllm.models.llama import RULES
 
-GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+GENERATION = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LARGEST = 12_000_000  # bytes of the whole folder
 
 TITLES = {"11": "Alice's Adventures in Wonderland (Lewis Carroll)", "1597": "Andersen's Fairy Tales",
@@ -40,7 +40,8 @@ def export(out: Path, config, params, tokenizer, card: dict) -> None:
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     tensors = {names[jax.tree_util.keystr(path, simple=True, separator=".")]: np.asarray(leaf.astype(jnp.bfloat16))
                for path, leaf in leaves}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    # The runs behind the weights travel with them, so that a run that goes on from here can tell the whole story.
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt", "runs": json.dumps(card["runs"])})
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save(str(out / "tokenizer.json"))
     write = {
@@ -66,16 +67,20 @@ def model_card(config, parameters: int, card: dict) -> str:
     for name, (nats, tokens, size) in card["held_out"].items():
         rows.append(f"| {title(name)} | {tokens:,} | {nats:.3f} | {nats * tokens / size / math.log(2):.3f} |")
     books = "\n".join(f"- {title(name)}" for name in card["books"])
-    run, log = card["run"], card["log"]
+    runs = card["runs"]
+    commands = "\n".join(
+        f"    python tools/train_tales.py --corpus FOLDER_OF_BOOKS --steps {run['steps']} --seed {run['seed']} --peak {run['peak']} "
+        f"--work build/run{i} --out run{i}" + (f" --init run{i - 1}" if i > 1 else "") for i, run in enumerate(runs, 1))
+    history = "\n".join(
+        f"| {i} | {run['steps']} | {run['step']} | {run['held_out']:.3f} | {run['step'] * card['batch_tokens'] / card['tokens']:.1f} | "
+        f"{run['minutes']:.0f} | {run.get('note', '')} |" for i, run in enumerate(runs, 1))
     return CARD.format(
         parameters=parameters, layers=config["num_hidden_layers"], width=config["hidden_size"], mlp=config["intermediate_size"],
-        long_percent=run["long_percent"],
+        long_percent=card["long_percent"], commands=commands, history=history, short=card["rows"][0], long=card["rows"][1],
+        batch=card["batch_tokens"], peak=runs[-1]["peak"],
         heads=config["num_attention_heads"], kv=config["num_key_value_heads"], head=config["head_dim"],
         vocab=config["vocab_size"], context=config["max_position_embeddings"], end=END, books=books, rows="\n".join(rows),
-        tales=card["tales"], tokens=card["tokens"], hash=card["sha256"], steps=int(log["steps"]),
-        best=int(log["best_step"]), done=int(log["step"]),
-        batch=run["batch_tokens"], short=run["rows"][0], long=run["rows"][1], seed=run["seed"], peak=run["peak"],
-        epochs=int(log["best_step"]) * run["batch_tokens"] / card["tokens"], minutes=float(log["seconds"]) / 60,
+        tales=card["tales"], tokens=card["tokens"], hash=card["sha256"],
         held="` and `".join(card["held_out"]), temperature=GENERATION["temperature"], top_p=GENERATION["top_p"])
 
 
@@ -123,16 +128,20 @@ in float32, in separate windows of {long} tokens:
 ## How to make it again
 
     pip install -e ".[train]"
-    python tools/train_tales.py --corpus FOLDER_OF_BOOKS --steps {steps} --seed {seed} --peak {peak}
+{commands}
 
-{steps} steps of {batch:,} tokens in rows of {short}, the last {long_percent} % in rows of {long}; Muon for the layers' matrices,
-AdamW for the embedding and the norms; the rate rises to {peak}, stays there, and falls over the last third as a cosine to a
-twentieth; weight decay 0.1, gradients clipped to norm 1, no dropout. The step with the lowest loss on a sample of the
-held-out books is kept, here step {best} ({done} of the {steps} were run), after {epochs:.1f} passes over the text and
-{minutes:.0f} minutes on a share of 2 CPU cores. That choice and the choice of Muon are all that those books influenced. They are
+Each step takes {batch:,} tokens in rows of {short}, the last {long_percent} % of the steps in rows of {long}; Muon for the layers'
+matrices, AdamW for the embedding and the norms; the rate rises to {peak}, stays there, and falls over the last third as a cosine
+to a twentieth; weight decay 0.1, gradients clipped to norm 1, no dropout. A run that goes on from another's weights starts
+with a fresh optimizer and a fresh schedule. The step with the lowest loss on a sample of the held-out books is kept:
+
+| run | steps | kept | held-out | passes over the text | minutes, on a share of 2 CPU cores | |
+|---|---|---|---|---|---|---|
+{history}
+
+That choice and the choice of Muon are all that those books influenced. They are
 `{held}`.
-The loss goes through `jaxllm.models.decoder.forward`, the function that serves. More steps would still lower the loss: the text
-is small, but this run is short.
+The loss goes through `jaxllm.models.decoder.forward`, the function that serves.
 
 ## What it is not for
 

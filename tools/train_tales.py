@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
+from safetensors import safe_open
 from tales_export import export
 from tales_text import read_tales
 from tales_tokenizer import END, train_tokenizer
@@ -114,6 +116,14 @@ def starting_weights(cfg, args):
     if held.layers != cfg.layers or jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, decoder.template(cfg, jnp.float32)):
         raise SystemExit(f"{args.init} has another shape than CONFIG")
     return params
+
+
+def earlier_runs(folder):
+    """What the weights of `folder` say of the runs that made them; [] without a folder."""
+    if folder is None:
+        return []
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        return json.loads(file.metadata().get("runs", "[]"))
 
 
 def optimizer(steps, peak, kind="muon"):
@@ -211,6 +221,7 @@ def arguments():
     parser.add_argument("--minutes", type=float, default=75, help="sets the number of steps; 0 exports the checkpoint")
     parser.add_argument("--steps", type=int, help="the number of steps itself, for a run that can be repeated")
     parser.add_argument("--init", type=Path, help="a folder whose weights to start from, of the same shape and tokenizer")
+    parser.add_argument("--note", default="", help="what a reader of the model card should know of this run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
@@ -286,11 +297,13 @@ def main():
     apart = float(jnp.abs(served - learned).max())
     if apart > 1e-3:  # 1e-5 is what the two orders of summing leave
         raise SystemExit(f"the training kernels are {apart} nats away from the reference kernels")
+    runs = [*earlier_runs(args.init), {
+        "steps": int(log["steps"]), "step": int(log["best_step"]), "seed": args.seed, "peak": args.peak,
+        "held_out": round(float(log["best"]), 4), "minutes": round(float(log["seconds"]) / 60), "note": args.note}]
     export(args.out, CONFIG, best, tokenizer, {
-        **facts, "tokens": len(stream), "log": log,
-        "held_out": {name: (mean_loss(cfg, best, rows_of(s)), len(s), size) for name, (s, size) in held.items()},
-        "run": {"seed": args.seed, "batch_tokens": BATCH_TOKENS, "rows": [SHORT, LONG],
-                "long_percent": round(100 * (1 - LONG_FROM)), "peak": args.peak}})
+        **facts, "tokens": len(stream), "runs": runs, "batch_tokens": BATCH_TOKENS, "rows": [SHORT, LONG],
+        "long_percent": round(100 * (1 - LONG_FROM)),
+        "held_out": {name: (mean_loss(cfg, best, rows_of(s)), len(s), size) for name, (s, size) in held.items()}})
     print(f"{args.out}: held-out {float(log['best']):.4f} at step {int(log['best_step'])}, kernels {apart:.1e} apart")
 
 
