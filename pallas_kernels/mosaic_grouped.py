@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.mosaic_matmul import ACTIVATIONS, EIGHT, ROWS, SMS, TILE_N, checked, chunk_length, launch, sum_of_parts
+from pallas_kernels.mosaic_matmul import EIGHT, ROWS, SMS, TILE_N, checked, launch, sum_of_parts
 from pallas_kernels.ragged import deal, rows_at, starts_of
 from pallas_kernels.reference import ACTIVATIONS as REFERENCE_ACTIVATIONS
 from pallas_kernels.rounding import rounded
+from pallas_kernels.tree import ACTIVATIONS, chunk_length
 
 
 def _grouped(x, weights, group_sizes, out_dtype, *, split=False, activation=None):

@@ -30,7 +30,6 @@ activation is applied to registers and the product is rounded once. It is never 
 computes the activation for every M.
 """
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -41,25 +40,13 @@ from jax.experimental.pallas import mosaic_gpu as plmgpu
 from pallas_kernels import compat
 from pallas_kernels.reference import ACTIVATIONS as REFERENCE_ACTIVATIONS
 from pallas_kernels.rounding import add, rounded
+from pallas_kernels.tree import ACTIVATIONS, chunk_length
 
 ROWS = 64       # rows of one wgmma
 TILE_N = 128    # columns of one wgmma: m64n128k16, the only shape used
 SMS = 132       # of an H100 or H200 (SXM): the persistent grid's width, and no part of the tree
 TILE_K = 64     # K of one pipeline stage: 128 bytes, the widest swizzle
 EIGHT = 8       # rows of a shared-memory tile: what TMA addresses
-
-
-# On float32 in registers; written out because 0.11.2 lowers no custom_jvp_call, and neither version lowers erfc.
-ACTIVATIONS = {
-    "silu": lambda x: x / (1.0 + jnp.exp(-x)),
-    "gelu_tanh": lambda x: 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x)))),
-    "relu": lambda x: jnp.maximum(x, 0.0),
-}
-
-
-def chunk_length(k: int) -> int:
-    """K summed by one accumulator before it is added to the others; K alone decides, never the batch."""
-    return 1024 if k >= 2048 else 256
 
 
 def _tiled(shape, dtype):

@@ -2,7 +2,7 @@ r"""Attention by splits on Hopper: the one reduction tree of decode, ragged pref
 
 The tree. The context of a sequence is cut at multiples of `split_length(head_dim)`. A split is one softmax: scores by
 wgmma into float32, its maximum `top`, p = exp2(score - top), `total` = the sum of p, `acc` = p . v by wgmma from zero.
-`_merged` puts splits together in ascending order, starting from the empty context. A split that a row does not see has
+`tree.merged` puts splits together in ascending order, starting from the empty context. A split that a row does not see has
 total 0 and acc 0 and top -1e30, and merging it changes no bit. Row and split meet the same instructions on the same
 64-row tile whatever else is in the tile, the block, or the step, and there are two schedules of that one tree:
 
@@ -37,6 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plmgpu
 
 from pallas_kernels import compat
+from pallas_kernels.tree import merged
 
 ROWS = 64       # rows of one wgmma
 MASKED = -1e30  # stands for -inf and keeps `max - max` finite
@@ -73,21 +74,6 @@ def _empty(width):
     return (compat.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), row),
             compat.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
             compat.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plmgpu.Layout.WGMMA))
-
-
-def _merged(state, own):
-    """The state of a context followed by one more split: the one place where splits are put together.
-
-    The part with the smaller maximum is scaled down and the other stays: one product in each sum. Of two a compiler may
-    fuse either with the addition, and the two schedules are two kernels.
-    """
-    (top, total, acc), (own_top, own_total, own_acc) = state, own
-    later = own_top > top
-    factor = jnp.exp2(jnp.where(later, top - own_top, own_top - top))
-    total = jnp.where(later, own_total, total) + jnp.where(later, total, own_total) * factor
-    wide = _across(later, acc)
-    acc = jnp.where(wide, own_acc, acc) + jnp.where(wide, acc, own_acc) * _across(factor, acc)
-    return jnp.maximum(top, own_top), total, acc
 
 
 def _normalised(state):
@@ -234,7 +220,7 @@ def _attention_body(q, k_in, v_in, table, meta, *refs, group_size, heads_first, 
                 plmgpu.copy_smem_to_gmem(stats_smem.at[group], stats_out.at[tile, head, i, group])
             lax.fori_loop(begin, end, step, None)
         else:
-            state = lax.fori_loop(begin, end, lambda i, state: _merged(state, one_split(i)), _empty(columns))
+            state = lax.fori_loop(begin, end, lambda i, state: merged(state, one_split(i), _across), _empty(columns))
             out_smem[group] = _normalised(state).astype(out_smem.dtype)
             plmgpu.commit_smem()
             plmgpu.copy_smem_to_gmem(out_smem.at[group], rows_of(out, rows).at[:, along_v])
@@ -264,7 +250,7 @@ def _merge_body(acc_parts, stats_parts, meta, out, acc_smem, stats_smem, out_sme
         row = plmgpu.Layout.WGMMA.reduce(1)
         own = (plmgpu.load(stats_smem.at[group, slot, 0], layout=row), plmgpu.load(stats_smem.at[group, slot, 1], layout=row),
                plmgpu.load(acc_smem.at[group, slot], layout=plmgpu.Layout.WGMMA))
-        state = _merged(state, own)
+        state = merged(state, own, _across)
 
         @pl.when(i + stages < end)
         def _():

@@ -3,7 +3,7 @@ r"""Causal attention over pages on Ampere and Ada: decode, ragged prefill and th
 The tree. The context of a sequence is cut at multiples of SPLIT. A split is one softmax: scores by mma into float32, its
 maximum `top`, p = exp2(score - top) rounded to the dtype of v, `total` = p . 1 and `acc` = p . v by mma from zero. The sum
 of p is a product with ones because a `sum` in Triton follows the layout of the tile, and that differs between few rows and
-many. `_merged` puts splits together in ascending order, starting from the empty context. A split that a row does not see
+many. `tree.merged` puts splits together in ascending order, starting from the empty context. A split that a row does not see
 has total 0 and acc 0 and top -1e30, and merging it changes no bit. There are two schedules of that one tree:
 
     context   |-- split 0 --|-- split 1 --|-- split 2 --|
@@ -33,6 +33,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels import compat
 from pallas_kernels.ragged import Ragged
+from pallas_kernels.tree import merged
 from pallas_kernels.triton_matmul import SMS, dot
 
 SPLIT = 64      # tokens of context in one split: two stages of k and v at a width of 128 fit the 99 KB of sm_89
@@ -41,24 +42,14 @@ MOST_PARTS = 256 << 20  # bytes of partial results that a decode step may hold
 LOG2E = math.log2(math.e)
 
 
+def _across(column, like):
+    """[rows] repeated along the columns of `like` [rows, columns]."""
+    return column[:, None]
+
+
 def _empty(rows, width):
     """(top [rows], total [rows], acc [rows, width]) of a context of which nothing was seen."""
     return jnp.full((rows,), MASKED, jnp.float32), jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, width), jnp.float32)
-
-
-def _merged(state, own):
-    """The state of a context followed by one more split: the one place where splits are put together.
-
-    The part with the smaller maximum is scaled down and the other stays: one product in each sum. Of two a compiler may
-    fuse either with the addition, and the two schedules are two kernels.
-    """
-    (top, total, acc), (own_top, own_total, own_acc) = state, own
-    later = own_top > top
-    factor = jnp.exp2(jnp.where(later, top - own_top, own_top - top))
-    total = jnp.where(later, own_total, total) + jnp.where(later, total, own_total) * factor
-    wide = later[:, None]
-    acc = jnp.where(wide, own_acc, acc) + jnp.where(wide, acc, own_acc) * factor[:, None]
-    return jnp.maximum(top, own_top), total, acc
 
 
 def _normalised(state):
@@ -117,7 +108,7 @@ def _attention_body(q, k_pages, v_pages, table, meta, *outs, rows, wide, run, sc
     precision = lax.Precision.HIGHEST if v_pages.dtype == jnp.float32 else None
     if run is None:
         out, = outs
-        state = lax.fori_loop(begin, end, lambda i, state: _merged(state, one_split(i)), _empty(rows, wide))
+        state = lax.fori_loop(begin, end, lambda i, state: merged(state, one_split(i), _across), _empty(rows, wide))
         pltriton.store(out.at[q_at], _normalised(state).astype(out.dtype), mask=q_mask)
         return
     top_out, total_out, acc_out = outs
@@ -142,7 +133,7 @@ def _merge_body(top_parts, total_parts, acc_parts, meta, out, *, rows, wide, gro
     def step(i, state):
         top, total = (pltriton.load(parts.at[tile, head, i, row], mask=held, other=0.0) for parts in (top_parts, total_parts))
         acc = pltriton.load(acc_parts.at[tile, head, i, row[:, None], columns[None, :]], mask=mask, other=0.0)
-        return _merged(state, (top, total, acc))
+        return merged(state, (top, total, acc), _across)
 
     state = lax.fori_loop(begin, end, step, _empty(rows, wide))
     at = token[:, None], (head * group + group_head)[:, None], columns[None, :]

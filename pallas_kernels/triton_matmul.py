@@ -22,7 +22,6 @@ A chunk has at least two steps, since Triton turns `total + dot(a, b)` into a pr
 another order; of a sum that went through a loop it cannot do that.
 """
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -33,21 +32,9 @@ from jax.experimental.pallas import triton as pltriton
 from pallas_kernels import compat
 from pallas_kernels.reference import ACTIVATIONS as REFERENCE_ACTIVATIONS
 from pallas_kernels.rounding import add, rounded
+from pallas_kernels.tree import ACTIVATIONS, chunk_length
 
 SMS = 108  # of an A100: decides between schedules, no part of the tree
-
-# On float32 in registers: one product at most in each sum, so that there is one way to fuse.
-ACTIVATIONS = {
-    "silu": lambda x: x / (1.0 + jnp.exp(-x)),
-    "gelu_tanh": lambda x: 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x)))),
-    "relu": lambda x: jnp.maximum(x, 0.0),
-}
-
-
-def chunk_length(k: int) -> int:
-    """K summed by one accumulator before it is added to the others; K alone decides, never the batch."""
-    return 1024 if k >= 2048 else 256
-
 
 def step_length(dtype) -> int:
     """K of one step: 128 bytes of a row."""
