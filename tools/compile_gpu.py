@@ -240,13 +240,13 @@ class Compiler:
         self.dump = Path(tempfile.mkdtemp(dir=options.scratch))
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={self.dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
         os.environ |= ENVIRONMENT | {"XLA_FLAGS": flags}
-        import jax
-        from jax.experimental import topologies
-        from jax.sharding import NamedSharding, PartitionSpec
-
-        from pallas_kernels import dispatch
         card = CARDS[options.card]
-        with captured([]):  # news of where it found what
+        with captured([]):  # a log of what was found where
+            import jax
+            from jax.experimental import topologies
+            from jax.sharding import NamedSharding, PartitionSpec
+
+            from pallas_kernels import dispatch
             topology = topologies.get_topology_desc(platform="cuda", target_config=CARD.format(**card), topology="1x1x1")
         mesh = topologies.make_mesh(topology, (1,), ("x",))
         self.mesh, sharding = mesh.abstract_mesh, NamedSharding(mesh, PartitionSpec())
