@@ -1,4 +1,5 @@
 """Speed and memory of this machine, measured: never a test, always with the machine's own ceiling from the same run."""
+import itertools
 import os
 import resource
 import statistics
@@ -48,19 +49,28 @@ def _prompts(count: int, length: int, vocab: int, salt: int) -> list[dict]:
     return [{"prompt_token_ids": rng.integers(0, vocab, length).tolist()} for _ in range(count)]
 
 
+def _seconds(llm, count: int, input_len: int, tokens: int, salt: int) -> float:
+    """Seconds that `count` greedy requests of `tokens` tokens each take together."""
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+    prompts = _prompts(count, input_len, llm.model_config.vocab_size, salt)
+    start = time.perf_counter()
+    llm.generate(prompts, params)
+    return time.perf_counter() - start
+
+
+def _rounded(report: dict) -> dict:
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}
+
+
 def generation(llm, what: str, *, count: int, input_len: int, output_len: int, runs: int) -> dict:
     """Rates of `count` greedy requests: prefill, decode and both together, medians over runs, beside the memory bandwidth.
 
     Decode is what a run with all tokens takes beyond a run with one token each.
     """
-    vocab, salt = llm.model_config.vocab_size, iter(range(10_000))
+    salt = itertools.count()
 
     def seconds(tokens: int) -> float:
-        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-        prompts = _prompts(count, input_len, vocab, next(salt))
-        start = time.perf_counter()
-        llm.generate(prompts, params)
-        return time.perf_counter() - start
+        return _seconds(llm, count, input_len, tokens, next(salt))
 
     llm.system_fingerprint  # hashes the weights once, outside the clock
     start = time.perf_counter()
@@ -87,7 +97,32 @@ def generation(llm, what: str, *, count: int, input_len: int, output_len: int, r
         "kv_cache_bytes": sum(a.nbytes for a in (*llm._runner.cache.k, *llm._runner.cache.v)),
         "compiled_programs": llm._runner.compiled_programs(),
     }
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}
+    return _rounded(report)
+
+
+def reproducibility(llm, fast, *, input_len: int, output_len: int, rows: tuple[int, ...], runs: int) -> dict:
+    """What equal bits cost: the rates of `llm` beside those of `fast`, the same model made with reproducible=False.
+
+    Both run in turn, so that a machine that drifts slows both; medians over runs. A cost is the share of fast's rate that is lost.
+    """
+    salt, report = itertools.count(), {
+        "bench": "reproducible", "model": llm.model, "dtype": str(llm.params.embedding.dtype),
+        "kernels": llm.kernels.name, "fast_kernels": fast.kernels.name, "input_len": input_len, "output_len": output_len, "runs": runs}
+    rates = {}
+    for count in rows:
+        taken = {tokens: {"": [], "fast_": []} for tokens in (1, output_len)}
+        for run in range(runs + 1):
+            for tokens, seconds in taken.items():
+                for name, engine in (("", llm), ("fast_", fast)):
+                    seconds[name].append(_seconds(engine, count, input_len, tokens, next(salt)))
+        for name in ("", "fast_"):
+            first, full = (statistics.median(taken[tokens][name][1:]) for tokens in (1, output_len))  # the first run compiles
+            rates[f"{name}prefill_{count}"] = count * input_len / first
+            rates[f"{name}decode_{count}"] = count * (output_len - 1) / (full - first)
+    for what in [f"{kind}_{count}" for count in rows for kind in ("prefill", "decode")]:
+        report |= {f"{what}_tokens_per_s": rates[what], f"{what}_fast_tokens_per_s": rates[f"fast_{what}"],
+                   f"{what}_cost": 1 - rates[what] / rates[f"fast_{what}"]}
+    return _rounded(report)
 
 
 def table(report: dict) -> str:

@@ -48,6 +48,8 @@ class LLM:
     """A model, its tokenizer and an engine. Use it from one thread; `close` or leaving a `with` block frees the device.
 
     model: a folder in Hugging Face layout, a Hugging Face id, or "builtin:tales". dtype "auto" is the checkpoint's own.
+    params: its weights, as `jaxllm.load_params` returns or another LLM's `.params`; then none are read. reproducible False: a
+    request's bits may depend on its batch, for what speed `jaxllm bench reproducible` shows.
     max_model_len None: the model's, or what the cache holds. kv_cache_memory_bytes None: 1 GiB on a CPU, on a GPU what
     gpu_memory_utilization leaves. compile_cache_dir: where compiled programs are kept between processes; None: nowhere, unless
     JAX itself is configured to. The user's random state and JAX configuration are left as they are.
@@ -58,13 +60,13 @@ class LLM:
                  kv_cache_memory_bytes: int | None = None, gpu_memory_utilization: float = 0.9, load_format: str = "auto",
                  pt_load_map_location="cpu", tokenizer: str | None = None, skip_tokenizer_init: bool = False,
                  hf_overrides: dict | None = None, page_size: int = 16, max_logprobs: int = 20, kernels: str = "auto",
-                 compile_cache_dir: str | Path | None = None):
+                 reproducible: bool = True, params=None, compile_cache_dir: str | Path | None = None):
         _check_options(seed=seed, max_model_len=max_model_len, max_num_seqs=max_num_seqs, page_size=page_size,
                        max_num_batched_tokens=max_num_batched_tokens, gpu_memory_utilization=gpu_memory_utilization,
                        kv_cache_memory_bytes=kv_cache_memory_bytes, max_logprobs=max_logprobs)
         self.model = str(model)
         self._loaded = load_model(self.model, dtype=dtype, load_format=load_format, hf_overrides=hf_overrides,
-                                  max_model_len=max_model_len, pt_load_map_location=pt_load_map_location)
+                                  max_model_len=max_model_len, pt_load_map_location=pt_load_map_location, params=params)
         cfg, params = self._loaded.cfg, self._loaded.params
         self.tokenizer = None if skip_tokenizer_init else load_tokenizer(tokenizer or self._loaded.path)
         device = jax.devices()[0]
@@ -82,7 +84,7 @@ class LLM:
             max_num_batched_tokens=tokens, enable_prefix_caching=enable_prefix_caching, max_logprobs=max_logprobs)
         try:
             self.kernels = dispatch.choose(device.platform, getattr(device, "compute_capability", None), cfg.head_dim, weight,
-                                           page_size, want=kernels)
+                                           page_size, want=kernels, reproducible=reproducible)
         except ValueError as e:
             raise UsageError(str(e), "kernels") from e
         log.info("kernels: %s (%s)", self.kernels.name, "; ".join(self.kernels.reasons))

@@ -79,8 +79,8 @@ def read_config(path: Path, hf_overrides: dict | None = None) -> dict:
 
 
 def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf_overrides: dict | None = None,
-               max_model_len: int | None = None, seed: int = 0, place=None, pt_load_map_location="cpu") -> LoadedModel:
-    """The model with its weights on the default device.
+               max_model_len: int | None = None, seed: int = 0, place=None, pt_load_map_location="cpu", params=None) -> LoadedModel:
+    """The model with its weights on the default device, or with `params`, and then no weights are read.
 
     dtype "auto" is the checkpoint's own: what its config says, else what most bytes of its weights are. Raises
     UsageError, CheckpointError or UnsupportedError with what to do.
@@ -98,6 +98,8 @@ def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf
         ids = tuple(eos) if isinstance(eos, list) else (eos,)
         cfg = dataclasses.replace(cfg, eos_token_ids=tuple(dict.fromkeys(cfg.eos_token_ids + ids)))
     stated = config.get("dtype") or config.get("torch_dtype")
+    if params is not None:
+        return LoadedModel(path, cfg, _checked(params, cfg, dtype), generation, ())
     if load_format == "dummy":
         chosen = dtype if dtype != "auto" else _usable(stated) or "float32"
         return LoadedModel(path, cfg, dummy_params(decoder.template(cfg, jnp.dtype(chosen)), seed, place=place), generation, ())
@@ -106,6 +108,18 @@ def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf
         params = load_params(checkpoint, reader.RULES, decoder.template(cfg, jnp.dtype(chosen)), place=place,
                              map_location=pt_load_map_location)
         return LoadedModel(path, cfg, params, generation, tuple(Path(f) for f in checkpoint.files))
+
+
+def _checked(params, cfg: ModelConfig, dtype: str) -> decoder.Decoder:
+    """`params`, once it is known to be weights of this model in this dtype."""
+    own = getattr(getattr(params, "embedding", None), "dtype", None)
+    if own is None or str(own) not in DTYPES or dtype not in ("auto", str(own)):
+        raise UsageError(f"params holds weights of dtype {own}; it must be a pytree as load_params returns, in one of "
+                         f"{', '.join(DTYPES)}, and dtype={dtype!r} must be \"auto\" or the same", "params")
+    wanted, found = (jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree) for tree in (decoder.template(cfg, own), params))
+    if wanted != found:
+        raise UsageError("params differs in structure, shapes or dtypes from what the model's config.json says", "params")
+    return params
 
 
 def _usable(stated) -> str | None:

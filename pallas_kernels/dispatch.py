@@ -85,12 +85,28 @@ def _why_not_triton(platform, compute_capability, head_dim, dtype, page_size) ->
     return None if reason is None else f"triton: {reason}"
 
 
-def choose(platform: str, compute_capability, head_dim: int, dtype, page_size: int, want: str = "auto") -> Kernels:
+def _fast(kernels: Kernels) -> Kernels:
+    """The same attention, and XLA's own products and sums along a row."""
+    from pallas_kernels import fast
+    return dataclasses.replace(
+        kernels, name=f"{kernels.name}+fast", matmul=fast.matmul, gated_mlp=partial(reference.gated_mlp, product=fast.matmul),
+        rms_norm=fast.rms_norm, log_sum_exp=fast.log_sum_exp, row_sum=fast.row_sum,
+        reasons=kernels.reasons + ("fast: not reproducible, as asked; bits depend on the batch",))
+
+
+def choose(platform: str, compute_capability, head_dim: int, dtype, page_size: int, want: str = "auto",
+           reproducible: bool = True) -> Kernels:
     """The kernels for a device and a model, with the reasons in `.reasons`.
 
     A named choice is strict: ValueError says why it cannot be had. "auto" takes mosaic on Hopper and triton on Ampere and Ada
-    where they run, else the reference, and keeps the reasons.
+    where they run, else the reference, and keeps the reasons. With `reproducible` False, products and sums along a row are
+    XLA's, whose bits depend on the batch.
     """
+    chosen = _choose(platform, compute_capability, head_dim, dtype, page_size, want)
+    return chosen if reproducible else _fast(chosen)
+
+
+def _choose(platform, compute_capability, head_dim, dtype, page_size, want) -> Kernels:
     dtype = getattr(dtype, "dtype", dtype)
     if want not in ("auto", "mosaic", "triton", "reference"):
         raise ValueError(f"kernels {want!r}: allowed are auto, mosaic, triton and reference")

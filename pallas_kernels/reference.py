@@ -32,7 +32,7 @@ ACTIVATIONS = {
 }
 
 
-def _precision(dtype) -> lax.Precision:
+def precision(dtype) -> lax.Precision:
     """float32 means float32: without this a GPU rounds the operands to TF32."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
@@ -42,7 +42,7 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     rows = x.shape[0]
     if rows == 1:
         x = jnp.concatenate([x, x])
-    out = lax.dot_general(lax.optimization_barrier(x), w, (((1,), (1,)), ((), ())), precision=_precision(x.dtype),
+    out = lax.dot_general(lax.optimization_barrier(x), w, (((1,), (1,)), ((), ())), precision=precision(x.dtype),
                           preferred_element_type=jnp.float32)
     return lax.optimization_barrier(out)[:rows]
 
@@ -81,7 +81,7 @@ def product_of_few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
         return _product_of_one_row(x, w)
     if rows != 16 or k > CHAIN_CHUNK or w.shape[0] % 16:
         return _product(x, w)
-    out = lax.dot_general(w, lax.optimization_barrier(x), (((1,), (1,)), ((), ())), precision=_precision(x.dtype),
+    out = lax.dot_general(w, lax.optimization_barrier(x), (((1,), (1,)), ((), ())), precision=precision(x.dtype),
                           preferred_element_type=jnp.float32)
     return lax.optimization_barrier(out).T
 
@@ -163,18 +163,19 @@ def _attention(tiles, load, seen, first, last, *, scale, softcap):
     def split_step(i, carry):
         top, total, acc = carry
         k, v = load(i)
-        score = jnp.einsum("nkmh,nlkh->nkml", tiles, k, precision=_precision(tiles.dtype),
+        score = jnp.einsum("nkmh,nlkh->nkml", tiles, k, precision=precision(tiles.dtype),
                            preferred_element_type=jnp.float32)
         score = lax.optimization_barrier(score) * scale
         if softcap is not None:
-            score = jnp.tanh(score / softcap) * softcap
+            # Fenced on both sides, or the division and the product are fused with what stands beside them, by shape.
+            score = lax.optimization_barrier(jnp.tanh(lax.optimization_barrier(score / softcap)) * softcap)
         visible = seen(i)
         score = jnp.where(visible, score, MASKED)
         own_top = row_max(score)
         p = jnp.where(visible, jnp.exp(score - own_top), 0.0)
         own_total = row_sum(p)[..., None]
         own_acc = lax.optimization_barrier(jnp.einsum(
-            "nkml,nlkh->nkmh", lax.optimization_barrier(rounded(p, v.dtype)), v, precision=_precision(v.dtype),
+            "nkml,nlkh->nkmh", lax.optimization_barrier(rounded(p, v.dtype)), v, precision=precision(v.dtype),
             preferred_element_type=jnp.float32))
         new_top = jnp.maximum(top, own_top)
         old, own = jnp.exp(top - new_top), jnp.exp(own_top - new_top)

@@ -17,8 +17,9 @@ def add_parsers(commands, common) -> None:
 
 def _bench_parser(commands, common) -> None:
     p = commands.add_parser("bench", parents=[common], allow_abbrev=False, help="measure speed and memory on this machine")
-    p.add_argument("what", choices=["throughput", "latency", "load"],
-                   help="throughput: many requests at once; latency: one batch; load: weights to the device, beside a plain read")
+    p.add_argument("what", choices=["throughput", "latency", "load", "reproducible"],
+                   help="throughput: many requests at once; latency: one batch; load: weights to the device, beside a plain read; "
+                        "reproducible: what equal bits cost, at 16 and 64 requests")
     p.add_argument("--input-len", type=int, default=64, metavar="N", help="default: %(default)s")
     p.add_argument("--output-len", type=int, default=64, metavar="N", help="default: %(default)s")
     p.add_argument("--num-prompts", type=int, default=16, metavar="N", help="throughput: requests (default: %(default)s)")
@@ -45,8 +46,22 @@ def run_bench(args) -> int:
         print(json.dumps(report) if args.format == "json" else bench.table(report))
         return 0
     with make_llm(args, seed=args.seed, skip_tokenizer_init=True) as llm:
+        if args.what == "reproducible":
+            return _bench_reproducible(args, llm)
         count = args.num_prompts if args.what == "throughput" else args.batch_size
         report = bench.generation(llm, args.what, count=count, input_len=args.input_len, output_len=args.output_len, runs=args.runs)
+    print(json.dumps(report) if args.format == "json" else bench.table(report))
+    return 0
+
+
+def _bench_reproducible(args, llm) -> int:
+    from jaxllm import bench
+    if args.fast:
+        raise UsageError("bench reproducible compares the default with --fast; leave --fast out")
+    if args.output_len < 2:
+        raise UsageError("--output-len 1; bench reproducible needs at least 2, to tell decode from prefill")
+    with make_llm(args, seed=args.seed, skip_tokenizer_init=True, reproducible=False, params=llm.params) as fast:
+        report = bench.reproducibility(llm, fast, input_len=args.input_len, output_len=args.output_len, rows=(16, 64), runs=args.runs)
     print(json.dumps(report) if args.format == "json" else bench.table(report))
     return 0
 

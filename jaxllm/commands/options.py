@@ -33,6 +33,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="F", help="default: %(default)s")
     group.add_argument("--no-prefix-caching", action="store_true")
     group.add_argument("--kernels", default="auto", help="default: the best that this device takes")
+    group.add_argument("--fast", action="store_true", help="give up that bits do not depend on the batch (see: jaxllm bench reproducible)")
     group.add_argument("--compile-cache-dir", metavar="DIR",
                        help="compiled programs are kept here; 'off': nowhere (default: $JAXLLM_CACHE_DIR, else ~/.cache/jaxllm)")
 
@@ -53,8 +54,9 @@ def _json_object(text: str) -> dict:
 
 
 def make_llm(args, **more):
-    """The LLM that the model and engine options describe."""
+    """The LLM that the model and engine options describe; `more` goes before them."""
     from jaxllm.llm import LLM
+    more.setdefault("reproducible", not args.fast)
     return LLM(args.model, tokenizer=args.tokenizer, dtype=args.dtype, load_format=args.load_format, hf_overrides=args.hf_overrides,
                max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens,
                kv_cache_memory_bytes=args.kv_cache_memory_bytes, gpu_memory_utilization=args.gpu_memory_utilization,
