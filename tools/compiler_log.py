@@ -146,13 +146,13 @@ def xla_kernels(found: list[Thunk], instructions: dict[str, Instruction],
     for thunk in found:
         if not thunk.kernel:
             if thunk.kind in KERNELS:
-                raise ValueError(f"the launch {thunk.name or thunk.kind} names no kernel: XLA writes it in another way than this file reads")
+                raise ValueError(f"the launch {thunk.name} names no kernel: XLA writes it in another way than this file reads")
             continue
         entries = [entry for entry in said if entry["kernel"] == thunk.kernel]
         if not entries:
             raise ValueError(f"ptxas says nothing of the kernel {thunk.kernel}")
-        kernel = {"kernel": thunk.kernel} | {key: max(entry[key] for entry in entries) for key in ("registers", "spill_bytes", "shared_memory")}
-        kernel["shared_memory"] += thunk.shared_memory
+        most = {key: max(entry[key] for entry in entries) for key in ("registers", "spill_bytes", "shared_memory")}
+        kernel = {"kernel": thunk.kernel} | most | {"shared_memory": most["shared_memory"] + thunk.shared_memory}
         if TRITON_CALL in (instructions[thunk.name].line if thunk.name in instructions else ""):
             calls[thunk.name] = re.sub(r"__\d+$", "", thunk.kernel)  # XLA numbers kernels of one name
             ours[thunk.kernel] = kernel

@@ -106,7 +106,8 @@ def test_a_sound_program_is_reported_whole(tmp_path, hlo):
     (kernel,) = report["kernels"]
     assert kernel == {"kernel": "rms_norm", "registers": 28, "spill_bytes": 0, "shared_memory": kernel["shared_memory"]}
     assert 0 < kernel["shared_memory"] < 227 * 1024
-    assert report["xla_kernels"] == [{"kernel": f"loop_pad_fusion_{n}", "registers": 12, "spill_bytes": 0, "shared_memory": 64} for n in (1, 2)]
+    assert report["xla_kernels"] == [
+        {"kernel": f"loop_pad_fusion_{n}", "registers": 12, "spill_bytes": 0, "shared_memory": 64} for n in (1, 2)]
     assert report["inside"] == {"xla loop_pad_fusion": 2, "rms_norm": 2, "copy bf16[1,576]": 2}
     assert report["per_layer"] == 3 and report["one_layer"] == ["rms_norm", "copy bf16[1,576]", "xla loop_pad_fusion"]
 
@@ -149,8 +150,8 @@ TRITON = HLO.replace('custom_call_target="mosaic_gpu_v2", MODULE', 'custom_call_
 # XLA numbers kernels of one name from the second on.
 TRITON_SEQUENCE = SEQUENCE
 for line, name in (("002", "rms_norm"), ("005", "rms_norm__1")):
-    TRITON_SEQUENCE = re.sub(rf"{line}: kCustomCall (.*)\] kCustomCall", rf"{line}: kCustomKernel \1] {name} grid: [1, 1, 1] threads: [128, 1, 1]  shared_memory: 16 bytes",
-                             TRITON_SEQUENCE)
+    launch = rf"{line}: kCustomKernel \1] {name} grid: [1, 1, 1] threads: [128, 1, 1]  shared_memory: 16 bytes"
+    TRITON_SEQUENCE = re.sub(rf"{line}: kCustomCall (.*)\] kCustomCall", launch, TRITON_SEQUENCE)
 TRITON_SAID = "".join(SAID.replace("rms_norm_mosaic_gpu_kernel", name) for name in ("rms_norm", "rms_norm__1"))
 
 
@@ -158,7 +159,8 @@ def test_triton_kernels_are_reported_with_their_shared_memory(tmp_path):
     report = judged(tmp_path, TRITON, sequence=TRITON_SEQUENCE, log=TRITON_SAID)
     assert report["faults"] == []
     # One byte is the kernel's own, 16 are asked for at its launch.
-    assert report["kernels"] == [{"kernel": name, "registers": 28, "spill_bytes": 0, "shared_memory": 17} for name in ("rms_norm", "rms_norm__1")]
+    assert report["kernels"] == [
+        {"kernel": name, "registers": 28, "spill_bytes": 0, "shared_memory": 17} for name in ("rms_norm", "rms_norm__1")]
     assert report["inside"]["rms_norm"] == 2 and report["one_layer"] == ["rms_norm", "copy bf16[1,576]", "xla loop_pad_fusion"]
 
 
