@@ -298,7 +298,7 @@ def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, 
     if activation not in ACTIVATIONS:
         # Neither version lowers erf in a kernel: the two products in float32, the activation in XLA.
         g, u = matmul(x, gate, gate_bias, out_dtype=jnp.float32), matmul(x, up, up_bias, out_dtype=jnp.float32)
-        return (REFERENCE_ACTIVATIONS[activation](g) * u).astype(x.dtype)
+        return rounded(REFERENCE_ACTIVATIONS[activation](g) * u, x.dtype)
     if (gate_bias is None) != (up_bias is None):
         zero = jnp.zeros(gate.shape[0], x.dtype)
         gate_bias, up_bias = (zero if b is None else b for b in (gate_bias, up_bias))

@@ -1,14 +1,15 @@
 """Compiles every kernel and the engine's programs for an NVIDIA card on a machine that has none, and judges them.
 
-    python tools/compile_gpu.py [--card h200|h100|a100] [--model-shape llama3-8b|qwen2.5-0.5b|smollm2-135m ...] [--format json]
+    python tools/compile_gpu.py [--card h200|h100|a100|l4] [--model-shape llama3-8b|qwen2.5-0.5b|smollm2-135m ...] [--format json]
                                 [--kernels-only | --programs-only] [--all-buckets] [--layers N] [--jobs N]
 
 The engine's programs are those of jaxllm/engine/runner.py, with the shapes of an engine that has the card to itself and the
 options an LLM has by default: `forward` for some of its decode and prefill buckets (all of them with --all-buckets), `draw`
 for greedy rows, random rows and rows that want everything at once, `score` for prompt logprobs.
 
-Reports for each program seconds, temporaries, aliased bytes and launches, with those of one layer by name; for each Mosaic
-kernel registers, spilled bytes and shared memory. A kernel that asks for more shared memory than a block may have does not compile.
+Reports for each program seconds, temporaries, aliased bytes and launches, with those of one layer by name; for each kernel
+registers, spilled bytes and shared memory; of XLA's own kernels the most, each with --format json. A kernel that asks for more
+shared memory than a block may have does not compile.
 Exit status 1 on: a compile error, a spill (but for KNOWN_SPILLS), a donated buffer that is copied, a weight that is copied or
 padded inside a step, more than 1 GiB of temporaries, an engine program that is not one command buffer, or a compiler whose
 reports cannot be read.
@@ -41,7 +42,7 @@ gpu_device_info {{
   threads_per_core_limit: 2048  core_count: {cores}  fpus_per_core: {fpus}
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
   memory_bandwidth: {bandwidth}  l2_cache_size: {l2}  clock_rate_ghz: {clock}  device_memory_size: {memory}
-  shared_memory_per_block_optin: {smem}  cuda_compute_capability {{ major: {major} minor: 0 }}
+  shared_memory_per_block_optin: {smem}  cuda_compute_capability {{ major: {major} minor: {minor} }}
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
@@ -49,13 +50,14 @@ dnn_version_info {{ major: 9 minor: 8 }}
 runtime_version {{ major: 12 minor: 9 }}
 device_description_str: "{name}"
 """
-MEMORY = {"h200": 150000000000, "h100": 85000000000, "a100": 85000000000}  # bytes
-HOPPER = dict(core_smem=233472, cores=132, fpus=128, l2=62914560, clock=1.98, smem=232448, major=9)
+HOPPER = dict(core_smem=233472, cores=132, fpus=128, l2=62914560, clock=1.98, smem=232448, major=9, minor=0)
 CARDS = {
-    "h200": CARD.format(name="NVIDIA H200", bandwidth=4800000000000, memory=MEMORY["h200"], **HOPPER),
-    "h100": CARD.format(name="NVIDIA H100 80GB HBM3", bandwidth=3350000000000, memory=MEMORY["h100"], **HOPPER),
-    "a100": CARD.format(name="NVIDIA A100-SXM4-80GB", bandwidth=2039000000000, memory=MEMORY["a100"],
-                        core_smem=167936, cores=108, fpus=64, l2=41943040, clock=1.41, smem=166912, major=8),
+    "h200": dict(name="NVIDIA H200", bandwidth=4800000000000, memory=150000000000, **HOPPER),
+    "h100": dict(name="NVIDIA H100 80GB HBM3", bandwidth=3350000000000, memory=85000000000, **HOPPER),
+    "a100": dict(name="NVIDIA A100-SXM4-80GB", bandwidth=2039000000000, memory=85000000000, core_smem=167936, cores=108, fpus=64,
+                 l2=41943040, clock=1.41, smem=166912, major=8, minor=0),
+    "l4": dict(name="NVIDIA L4", bandwidth=300000000000, memory=24000000000, core_smem=102400, cores=58, fpus=128, l2=50331648,
+               clock=2.04, smem=101376, major=8, minor=9),
 }
 SHAPES = {  # width, mlp_width, heads, kv_heads, head_dim, layers, vocabulary, tied, qkv_bias
     "llama3-8b": (4096, 14336, 32, 8, 128, 32, 128256, False, False),
@@ -67,8 +69,9 @@ MOST_TEMPORARIES = 1 << 30
 FEWEST_IN_GRAPH = 5  # launches: XLA makes no command buffer of fewer
 ROWS, TOKENS, SCORED = (1, 64, 256), (16, 2048, 8192), 2048  # buckets compiled by default; hidden states that are scored
 CONTEXT, PAGE = 8192, 16
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_PTXAS": "1",
-               "TF_CPP_MIN_LOG_LEVEL": "3"}
+# What ptxas says of every kernel, Mosaic's, Triton's and XLA's own, the compiler keeps to this log.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "0",
+               "TF_CPP_VMODULE": "subprocess_compilation=3"}
 
 
 @contextlib.contextmanager
@@ -88,15 +91,15 @@ def captured(log: list):
             log.append(file.read().decode(errors="replace"))
 
 
-def kernel_reports(instructions, log: str, known: dict) -> tuple[list[dict], dict[str, str]]:
+def mosaic_kernels(instructions, said: list[dict], known: dict) -> tuple[list[dict], dict[str, str]]:
     """What is known of each Mosaic kernel of a program, and {name of a call: kernel}. ValueError where ptxas said nothing of one.
 
-    A process compiles a kernel once, so `known` keeps what was said of it, by its module.
+    A process compiles a kernel once, so `known` keeps what was said of it, by its module; it leaves `said`.
     """
     from jax._src.interpreters import mlir
     from jax._src.lib import mosaic_gpu_dialect
     from jaxlib.mlir import ir
-    said, calls, reports = compiler_log.ptxas(log), {}, {}
+    calls, reports = {}, {}
     for instruction in instructions:
         module = compiler_log.mosaic_module(instruction)
         if module is None:
@@ -145,15 +148,19 @@ def compiled(name: str, function, arguments, static=None, *, step=False, layers=
         memory, parts = program.memory_analysis(), compiler_log.computations(program.as_text())
         instructions = list(compiler_log.executed(parts))
         report |= {"temporaries": memory.temp_size_in_bytes, "aliased": memory.alias_size_in_bytes}
-        report["kernels"], calls = kernel_reports(instructions, log[0], known)
+        said, by_name = compiler_log.ptxas(log[0]), {i.name: i for i in instructions}
+        mosaic, calls = mosaic_kernels(instructions, said, known)
         found = compiler_log.thunks(dumped(dump, "thunk_sequence_after_thunk_passes", "thunk_sequence"),
                                     dumped(dump, "thunk_metadata"))
-        report |= compiler_log.launches(found, {i.name: i for i in instructions}, calls, layers)
+        triton, report["xla_kernels"], triton_calls = compiler_log.xla_kernels(found, by_name, said)
+        report["kernels"] = mosaic + triton
+        report |= compiler_log.launches(found, by_name, calls | triton_calls, layers)
     except Exception as error:  # noqa: BLE001  whatever it was, it is no clean report
         faults.append(f"the compiler's report cannot be read: {type(error).__name__}: {error}")
         return report
     allowed = next((most for part, most in KNOWN_SPILLS.items() if part in name), 0)
-    if spilled := [kernel for kernel in report["kernels"] if kernel["spill_bytes"] > allowed]:
+    if spilled := ([kernel for kernel in mosaic if kernel["spill_bytes"] > allowed]
+                   + [kernel for kernel in triton + report["xla_kernels"] if kernel["spill_bytes"]]):
         faults.append(f"spills: {spilled}")
     if memory.temp_size_in_bytes > MOST_TEMPORARIES:
         faults.append(f"{memory.temp_size_in_bytes / 2 ** 30:.2f} GiB of temporaries, the limit is 1")
@@ -165,40 +172,6 @@ def compiled(name: str, function, arguments, static=None, *, step=False, layers=
         if report["top"] != ["kCommandBuffer"] and not (len(found) < FEWEST_IN_GRAPH and set(report["top"]) <= compiler_log.LAUNCHES):
             faults.append(f"not one command buffer: {report['top'][:12]}")
     return report
-
-
-def kernel_programs(array):
-    """(name, function, arguments) of every kernel, over dtypes, widths and schedules."""
-    import jax.numpy as jnp
-    from functools import partial
-
-    from pallas_kernels import mosaic_attention as ma
-    from pallas_kernels import mosaic_kv, mosaic_matmul as mm, mosaic_rows as mr
-    from pallas_kernels.ragged import Ragged
-    bf16, f16, i32 = jnp.bfloat16, jnp.float16, jnp.int32
-    for m, n, k, dtype in ((1, 4096, 4096, bf16), (64, 4096, 14336, f16), (128, 1024, 4096, bf16), (2048, 4096, 14336, bf16), (8, 128, 896, bf16)):
-        yield f"matmul {m}x{n}x{k}", mm.matmul, (array((m, k), dtype), array((n, k), dtype), array((n,), dtype))
-    for m in (1, 256):
-        yield f"logits {m}x128256x4096", partial(mm.matmul, out_dtype=jnp.float32), (array((m, 4096), bf16), array((128256, 4096), bf16))
-    for m, activation in ((1, "silu"), (2048, "silu"), (64, "gelu_tanh"), (2048, "gelu_tanh"), (64, "relu"), (64, "gelu")):
-        f = lambda x, g, u, a=activation: mm.gated_mlp(x, g, u, a)
-        yield f"gated {activation} {m}", f, (array((m, 4096), bf16), array((14336, 4096), bf16), array((14336, 4096), bf16))
-    for width in (64, 128, 576, 4096):
-        yield f"rms_norm {width}", partial(mr.rms_norm, eps=1e-5), (array((64, width), bf16), array((width,), bf16))
-    yield "log_sum_exp", mr.log_sum_exp, (array((64, 128256), jnp.float32),)
-    yield "row_sum", mr.row_sum, (array((64, 896), jnp.float32),)
-    pages = array((512, 16, 8, 128), bf16)
-    yield "write_kv", mosaic_kv.write_kv, (pages, pages, array((13, 8, 128), bf16), array((13, 8, 128), bf16), array((13,), i32))
-    for width in (64, 80, 96, 128, 256):
-        for group, page, window, softcap in ((1, 16, None, None), (4, 64, None, None), (8, 32, 1024, None), (7, 16, 1024, 50.0)):
-            kv = array((512, page, 4, width), bf16)
-            for kind, t, s in (("decode", 4, 4), ("decode in runs", 4, 4), ("prefill", 256, 8)):
-                ragged = Ragged(array((t,), i32), array((t,), i32), array((s,), i32), array((s, 4096 // page), i32),
-                                array((s + 1,), i32) if kind == "prefill" else None)
-                run = {"decode": None, "decode in runs": 2, "prefill": "auto"}[kind]
-                f = partial(ma.attention, scale=width ** -0.5, window=window, softcap=softcap, run=run)
-                name = f"attention {kind} H={width} G={group} page={page} window={window} softcap={softcap}"
-                yield name, f, (array((t, 4 * group, width), bf16), kv, kv, ragged)
 
 
 def model_config(shape: str, layers: int | None):
@@ -241,8 +214,8 @@ def engine_programs(shape: str, card: str, array, kernels, layers: int | None, a
     size = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
     cfg = model_config(shape, layers)
     params, counts = on_card(decoder.template(cfg, jnp.bfloat16)), DEFAULTS["gpu"]
-    pages, length = plan_cache(cfg, 2, int(0.9 * MEMORY[card]) - size(params), max_model_len=None, max_num_seqs=counts["max_num_seqs"],
-                               page_size=PAGE)
+    pages, length = plan_cache(cfg, 2, int(0.9 * CARDS[card]["memory"]) - size(params), max_model_len=None,
+                               max_num_seqs=counts["max_num_seqs"], page_size=PAGE)
     config = EngineConfig(max_model_len=length, num_pages=pages, page_size=PAGE, **counts)
     cache = jax.eval_shape(lambda: decoder.empty_cache(cfg, pages, PAGE, jnp.bfloat16))
     cache, last, programs = on_card(cache), array((config.max_num_seqs,), jnp.int32), runner.programs(cfg, kernels)
@@ -267,16 +240,18 @@ class Compiler:
         self.dump = Path(tempfile.mkdtemp(dir=options.scratch))
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={self.dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
         os.environ |= ENVIRONMENT | {"XLA_FLAGS": flags}
-        import jax
-        from jax.experimental import topologies
-        from jax.sharding import NamedSharding, PartitionSpec
+        card = CARDS[options.card]
+        with captured([]):  # a log of what was found where
+            import jax
+            from jax.experimental import topologies
+            from jax.sharding import NamedSharding, PartitionSpec
 
-        from pallas_kernels import dispatch
-        topology = topologies.get_topology_desc(platform="cuda", target_config=CARDS[options.card], topology="1x1x1")
-        sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+            from pallas_kernels import dispatch
+            topology = topologies.get_topology_desc(platform="cuda", target_config=CARD.format(**card), topology="1x1x1")
+        mesh = topologies.make_mesh(topology, (1,), ("x",))
+        self.mesh, sharding = mesh.abstract_mesh, NamedSharding(mesh, PartitionSpec())
         array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        capability = "8.0" if options.card == "a100" else "9.0"
-        choose = lambda head_dim: dispatch.choose("gpu", capability, head_dim, "bfloat16", PAGE)
+        choose = lambda head_dim: dispatch.choose("gpu", "{major}.{minor}".format(**card), head_dim, "bfloat16", PAGE)
         self.programs, self.known = [], {}
         if not options.kernels_only:
             for shape in options.model_shape:
@@ -284,14 +259,18 @@ class Compiler:
                 for name, function, arguments, static, layers, donated in engine_programs(shape, options.card, array, kernels,
                                                                                           options.layers, options.all_buckets):
                     self.programs.append((name, function, arguments, static, dict(step=True, layers=layers, donated=donated)))
-        if not options.programs_only and choose(128).name == "mosaic":
-            self.programs += [(name, function, arguments, {}, {}) for name, function, arguments in kernel_programs(array)]
-        self.said = {"jax": jax.__version__, "card": options.card, "kernels": choose(128).name, "reasons": choose(128).reasons}
+        chosen = choose(128)
+        if not options.programs_only and chosen.name in ("mosaic", "triton"):
+            kernels = importlib.import_module(f"{chosen.name}_programs").programs(array)
+            self.programs += [(name, function, arguments, {}, {}) for name, function, arguments in kernels]
+        self.said = {"jax": jax.__version__, "card": options.card, "kernels": chosen.name, "reasons": chosen.reasons}
 
     def compile(self, index: int) -> dict:
+        import jax
+
         from jaxllm.engine.runner import own_configuration
         name, function, arguments, static, more = self.programs[index]
-        with own_configuration():
+        with own_configuration(), jax.sharding.use_abstract_mesh(self.mesh):  # Triton's lowering asks it which card to compile for
             return compiled(name, function, arguments, static, **more, known=self.known, dump=self.dump)
 
 
@@ -318,6 +297,10 @@ def line(report: dict) -> str:
     for kernel in report.get("kernels", []):
         text += (f"\n      {kernel['kernel']}: {kernel['registers']} registers, {kernel['spill_bytes']} bytes spilled, "
                  f"{kernel['shared_memory']} bytes of shared memory")
+    if own := report.get("xla_kernels"):
+        most = {key: max(kernel[key] for kernel in own) for key in ("registers", "spill_bytes", "shared_memory")}
+        text += (f"\n      {len(own)} kernels of XLA's own: at most {most['registers']} registers, {most['spill_bytes']} bytes spilled, "
+                 f"{most['shared_memory']} bytes of shared memory")
     if report.get("per_layer"):
         text += (f"\n      {report['launches']} launches in {'+'.join(report['top'][:4])}, {report['per_layer']} a layer; "
                  f"one layer: {', '.join(report['one_layer'])}")

@@ -8,7 +8,9 @@ PASSED_ON = ("bitcast", "get-tuple-element", "tuple", "optimization-barrier")   
 COMPUTES = ("dot", "convolution", "custom-call", "gather", "scatter", "dynamic-update-slice")  # multiply, read a part, write in place
 NO_COPIES = ("parameter", "constant", "while", "call", "conditional", *COMPUTES, *PASSED_ON)
 CONTAINERS = {"kCommandBuffer", "kSequential", "kWhile", "kConditional"}  # thunks that hold others and launch nothing themselves
-LAUNCHES = {"kCustomKernel", "kKernel", "kCustomCall", "kCopy", "kMemset32BitValue", "kMemzero"}  # thunks that only start work
+KERNELS = {"kCustomKernel", "kKernel"}  # thunks that launch a kernel which XLA compiled, Triton's among them
+LAUNCHES = KERNELS | {"kCustomCall", "kCopy", "kMemset32BitValue", "kMemzero"}  # thunks that only start work
+TRITON_CALL = 'custom_call_target="__gpu$xla.gpu.triton"'
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)")
 
 
@@ -88,19 +90,34 @@ def launch_of(module: str) -> dict:
 
 
 def ptxas(log: str) -> list[dict]:
-    """What ptxas said of each kernel it compiled: name, registers, bytes spilled. ValueError on a line that does not read."""
+    """What ptxas said of each kernel it compiled: name, registers, bytes spilled, and the bytes of shared memory that it has
+    without asking for them at its launch. ValueError on a line that does not read.
+    """
     found = []
     for part in log.split("Compiling entry function '")[1:]:
         name, registers = part.split("'")[0].removesuffix("_mosaic_gpu_kernel"), re.search(r"Used (\d+) registers", part)
         spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         if not (registers and spilled):
             raise ValueError(f"ptxas says nothing readable of {name}'s registers and spills")
-        found.append({"kernel": name, "registers": int(registers[1]), "spill_bytes": sum(map(int, spilled.groups()))})
+        static = re.search(r"(\d+) bytes smem", part)
+        found.append({"kernel": name, "registers": int(registers[1]), "spill_bytes": sum(map(int, spilled.groups())),
+                      "shared_memory": int(static[1]) if static else 0})
     return found
 
 
-def thunks(sequence: str, metadata: str) -> list[tuple[int, str, str]]:
-    """(depth, kind, HLO name) of a program's thunks in their order; ValueError if there are none.
+@dataclasses.dataclass(frozen=True)
+class Thunk:
+    """One line of a program's thunk sequence."""
+
+    depth: int
+    kind: str
+    name: str           # of its HLO instruction, or ""
+    kernel: str         # that it launches, where XLA compiled one, or ""
+    shared_memory: int  # bytes asked for at the launch
+
+
+def thunks(sequence: str, metadata: str) -> list[Thunk]:
+    """A program's thunks in their order; ValueError if there are none.
 
     `sequence` is XLA's dump after its passes; `metadata` names the HLO instruction of each, by number.
     """
@@ -112,34 +129,63 @@ def thunks(sequence: str, metadata: str) -> list[tuple[int, str, str]]:
     found = []
     for line in sequence.splitlines():
         if m := re.match(r"(\s*)(\d+): (k\w+)", line):
-            found.append((len(m[1]), m[3], names.get(int(m[2]), "")))
+            kernel = re.search(r"\] (\S+) grid: .*shared_memory: (\d+) bytes", line)
+            found.append(Thunk(len(m[1]), m[3], names.get(int(m[2]), ""), *((kernel[1], int(kernel[2])) if kernel else ("", 0))))
     if not found:
         raise ValueError("the thunk sequence is empty or written in another way than this file reads")
     return found
 
 
+def xla_kernels(found: list[Thunk], instructions: dict[str, Instruction],
+                said: list[dict]) -> tuple[list[dict], list[dict], dict[str, str]]:
+    """What is known of the Triton kernels and of XLA's own that a program launches, and {name of a Triton call: kernel}.
+
+    XLA compiles both, some of them twice: what took more counts. ValueError where ptxas said nothing of one.
+    """
+    ours, xlas, calls = {}, {}, {}
+    for thunk in found:
+        if not thunk.kernel:
+            if thunk.kind in KERNELS:
+                raise ValueError(f"the launch {thunk.name} names no kernel: XLA writes it in another way than this file reads")
+            continue
+        entries = [entry for entry in said if entry["kernel"] == thunk.kernel]
+        if not entries:
+            raise ValueError(f"ptxas says nothing of the kernel {thunk.kernel}")
+        most = {key: max(entry[key] for entry in entries) for key in ("registers", "spill_bytes", "shared_memory")}
+        kernel = {"kernel": thunk.kernel} | most | {"shared_memory": most["shared_memory"] + thunk.shared_memory}
+        if TRITON_CALL in (instructions[thunk.name].line if thunk.name in instructions else ""):
+            calls[thunk.name] = re.sub(r"__\d+$", "", thunk.kernel)  # XLA numbers kernels of one name
+            ours[thunk.kernel] = kernel
+        else:
+            xlas[thunk.kernel] = kernel
+    silent = [i.name for i in instructions.values() if TRITON_CALL in i.line and i.name not in calls]
+    if silent:
+        raise ValueError(f"the Triton call {silent[0]} launches no kernel")
+    return list(ours.values()), list(xlas.values()), calls
+
+
 def kind_of(thunk: str, name: str, instructions: dict[str, Instruction], kernels: dict[str, str]) -> str:
-    """What a launch is: a Mosaic kernel's name, a copy's or a library call's type, or the kind of an XLA fusion."""
+    """What a launch is: a Pallas kernel's name, a copy's or a library call's type, or the kind of an XLA fusion."""
     instruction = instructions.get(name)
     if name in kernels:
         return kernels[name]
     if thunk == "kCopy" and instruction:
         return f"copy {instruction.type.lstrip('(').split('{')[0]}"
-    if thunk in ("kCustomKernel", "kKernel") and name:
+    if thunk in KERNELS and name:
         return "xla " + re.sub(r"\.\d+|\.clone", "", re.sub(r"\.remat\w*", " rematerialized", name))
     target = re.search(r'custom_call_target="([^"]*)"', instruction.line) if instruction else None
     return f"{thunk} {target[1]}" if target else thunk
 
 
-def launches(found: list[tuple[int, str, str]], instructions: dict[str, Instruction], kernels: dict[str, str], layers: int) -> dict:
+def launches(found: list[Thunk], instructions: dict[str, Instruction], kernels: dict[str, str], layers: int) -> dict:
     """{top, inside, launches, per_layer, one_layer}: the outermost thunks, launches by kind and in all, all / layers, one layer's.
 
-    A layer is what lies between two launches of a kind that occurs once a layer, a Mosaic kernel where there is one; without
+    A layer is what lies between two launches of a kind that occurs once a layer, a Pallas kernel where there is one; without
     such a kind the list is empty.
     """
-    outer = min(depth for depth, *_ in found)
-    top = [thunk for depth, thunk, _ in found if depth == outer]
-    names = [kind_of(thunk, name, instructions, kernels) for _, thunk, name in found if thunk not in CONTAINERS]
+    outer = min(thunk.depth for thunk in found)
+    top = [thunk.kind for thunk in found if thunk.depth == outer]
+    names = [kind_of(thunk.kind, thunk.name, instructions, kernels) for thunk in found if thunk.kind not in CONTAINERS]
     counted = Counter(names)
     candidates = [name for name in names if counted[name] == layers]
     once = next((n for n in candidates if n in kernels.values()), candidates[0] if candidates else None) if layers > 1 else None

@@ -49,6 +49,25 @@ def step(q, tables, parts, decode=False):
         jnp.asarray(np.stack([tables[s] for s, _, _ in parts]), jnp.int32), starts)
 
 
+def packed(lengths, kv_heads, group, width, dtype="bfloat16"):
+    """q, k, v [T, ., H] of sequences that follow one another, with eight rows of NaN at the end, and their starts."""
+    import jax.numpy as jnp
+    import numpy as np
+    t = sum(lengths)
+    heads = kv_heads * group, kv_heads, kv_heads
+    q, k, v = (random(i, (t + 8, n, width), "float32").at[t:].set(np.nan).astype(dtype) for i, n in enumerate(heads))
+    return q, k, v, jnp.asarray(np.cumsum([0, *lengths]), jnp.int32)
+
+
+def experts(sizes, n, k):
+    """Rows by expert with five rows of NaN behind them, the experts' gate and up, and the sizes."""
+    import jax.numpy as jnp
+    import numpy as np
+    x = random(0, (sum(sizes) + 5, k), "float32").at[sum(sizes):].set(np.nan).astype("bfloat16")
+    gate, up = (random(i, (len(sizes), n, k), "bfloat16", k ** -0.5) for i in (1, 2))
+    return x, gate, up, jnp.asarray(sizes, jnp.int32)
+
+
 def oracle(report):
     """Every kernel against float64, on the ragged lengths that break things."""
     import jax
@@ -56,6 +75,7 @@ def oracle(report):
     import numpy as np
 
     from pallas_kernels import mosaic_attention as ma
+    from pallas_kernels import mosaic_grouped as mg
     from pallas_kernels import mosaic_matmul as mm
     from pallas_kernels import mosaic_rows as mr
     attend = jax.jit(ma.attention, static_argnames=("scale", "window", "softcap"))  # one program instead of thirty small ones
@@ -99,6 +119,33 @@ def oracle(report):
             (w, g, p, win, cap) for w in (64, 80, 96, 128, 256) for g, p, win, cap in ((1, 16, None, None), (4, 64, 100, None), (8, 32, None, 20.0))]:
         report.guard(f"attention {options}", lambda: attention(*options))
 
+    def encoder(width, group, window, softcap):
+        lengths = [1, 7, 40] if report.small else [1, 7, 8, 129, 0, 1000, 300]
+        q, k, v, starts = packed(lengths, 2, group, width)
+        call = partial(ma.attend_bidirectional, scale=width ** -0.5, window=window, softcap=softcap)
+        got = exact(jax.jit(call)(q, k, v, starts))
+        wide, worst, at = [exact(a) for a in (q, k, v)], 0.0, 0
+        for n in filter(None, lengths):
+            own_q, own_k, own_v = (a[at:at + n] for a in wide)
+            score = np.einsum("qnh,knh->nqk", own_q, np.repeat(own_k, group, 1)) * width ** -0.5
+            score = score if softcap is None else np.tanh(score / softcap) * softcap
+            score = np.where(np.abs(np.arange(n)[:, None] - np.arange(n)) <= (n if window is None else window), score, -np.inf)
+            p = np.exp(score - score.max(-1, keepdims=True))
+            want = np.einsum("nqk,knh->qnh", p / p.sum(-1, keepdims=True), np.repeat(own_v, group, 1))
+            worst, at = max(worst, float(np.abs(got[at:at + n] - want).max())), at + n
+        return {"max_difference": worst, "differing": int((got[at:] != 0).sum())}
+    for options in [(64, 1, None, None)] if report.small else [
+            (w, g, win, cap) for w in (64, 80, 96, 128, 256) for g, win, cap in ((1, None, None), (1, 64, None), (4, 64, 20.0))]:
+        report.guard(f"encoder attention {options}", lambda: encoder(*options))
+
+    def grouped(sizes, n, k):
+        x, w, _, group_sizes = experts(sizes, n, k)
+        got, cuts = exact(mg.grouped_matmul(x, w, group_sizes, out_dtype=jnp.float32)), np.cumsum([0, *sizes])
+        want = np.concatenate([exact(x[cuts[e]:cuts[e + 1]]) @ exact(w[e]).T for e in range(len(sizes))])
+        return {"max_difference": float(np.abs(got[:cuts[-1]] - want).max()), "differing": int((got[cuts[-1]:] != 0).sum())}
+    for options in [([1, 0, 9], 136, 320)] if report.small else [([1, 0, 9, 300], 4096, 2112), ([0, 1, 1, 0], 1000, 14336)]:
+        report.guard(f"grouped matmul {options}", lambda: grouped(*options))
+
 
 def bits(report):
     """One row's bits in every number of rows, schedule and kind of step: `differing` must be 0 everywhere."""
@@ -107,8 +154,10 @@ def bits(report):
     import numpy as np
 
     from pallas_kernels import mosaic_attention as ma
+    from pallas_kernels import mosaic_grouped as mg
     from pallas_kernels import mosaic_matmul as mm
     from pallas_kernels import mosaic_rows as mr
+    from pallas_kernels.rounding import add
     product = jax.jit(partial(mm.matmul, out_dtype=jnp.float32), static_argnames="split")
     attend = jax.jit(ma.attention, static_argnames=("scale", "window", "softcap", "run"))
     shapes = [(136, 320)] if report.small else [(4096, 4096), (4096, 14336), (896, 896), (576, 1536), (128256, 4096)]
@@ -131,6 +180,14 @@ def bits(report):
     for activation in ("silu",) if report.small else ("silu", "gelu_tanh", "relu", "gelu"):
         report.guard(f"gated {activation}", lambda: gated(activation))
 
+    def residual():
+        n, k = (136, 320) if report.small else (4096, 14336)
+        x, w, r = random(0, (70, k), "bfloat16"), random(1, (n, k), "bfloat16", k ** -0.5), random(2, (70, n), "bfloat16", 3)
+        want = np.asarray(jax.jit(add)(r, mm.matmul(x, w)))
+        return {"differing": sum(equal(mm.matmul(x[:m], w, residual=r[:m], split=split), want[:m])
+                                 for m in ((70,) if report.small else (1, 8, 64, 65, 70)) for split in (False, True))}
+    report.guard("residual", residual)
+
     def row_kernels():
         x, weight = random(3, (9, 4301), "float32"), random(4, (4301,), "float32")
         return {"differing": sum(equal(f(x[4:5]), f(x)[4:5]) for f in (mr.row_sum, mr.log_sum_exp, lambda x: mr.rms_norm(x, weight, 1e-5)))}
@@ -152,4 +209,27 @@ def bits(report):
                                                                      (80, 1, 16, None, 20.0), (96, 4, 64, None, None), (256, 2, 64, 300, 20.0)]:
         report.guard(f"attention {options}", lambda: attention(*options))
 
+    def encoder(width, group, window):
+        lengths = [150, 3] if report.small else [1000, 3, 129]
+        q, k, v, starts = packed(lengths, 2, group, width)
+        call = jax.jit(partial(ma.attend_bidirectional, scale=width ** -0.5, window=window))
+        n, alone = lengths[0], packed(lengths[:1], 2, group, width)[3]
+        want = call(q[:n], k[:n], v[:n], alone)
+        poisoned = [jnp.concatenate([jnp.full_like(a[:5], np.nan), a[:n], jnp.full_like(a[:9], np.nan)]) for a in (q, k, v)]
+        among_nan = call(*poisoned, jnp.asarray([0, 5, n + 5, n + 14], jnp.int32))
+        return {"differing": equal(call(q, k, v, starts)[:n], want) + equal(among_nan[5:n + 5], want)}
+    for options in [(64, 1, None)] if report.small else [(64, 1, None), (64, 1, 64), (80, 4, None), (96, 1, 64), (128, 4, None), (256, 2, 64)]:
+        report.guard(f"encoder attention {options}", lambda: encoder(*options))
 
+    def grouped(sizes, n, k):
+        x, gate, up, group_sizes = experts(sizes, n, k)
+        cuts, differ = np.cumsum([0, *sizes]), {}
+        alone = lambda f: jnp.concatenate([f(slice(cuts[e], cuts[e + 1]), e) for e, size in enumerate(sizes) if size])
+        want = alone(lambda rows, e: mm.matmul(x[rows], gate[e]))
+        for split in (False, True):
+            differ[f"split {split}"] = equal(mg.grouped_matmul(x, gate, group_sizes, split=split)[:cuts[-1]], want)
+        want = alone(lambda rows, e: mm.gated_mlp(x[rows], gate[e], up[e], "silu"))
+        differ["gated"] = equal(mg.grouped_gated_mlp(x, gate, up, group_sizes, "silu")[:cuts[-1]], want)
+        return {"differing": sum(differ.values()), "where": {c: d for c, d in differ.items() if d}}
+    for options in [([1, 0, 9], 136, 320)] if report.small else [([1, 0, 2, 5], 4096, 2112), ([3, 64, 0, 300], 1000, 4096)]:
+        report.guard(f"grouped {options}", lambda: grouped(*options))

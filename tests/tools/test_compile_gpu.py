@@ -20,7 +20,13 @@ ptxas info    : Function properties for rms_norm_mosaic_gpu_kernel
     0 bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads
 ptxas info    : Used 28 registers, used 2 barriers, 1 bytes smem
 ptxas info    : Compile time = 14.342 ms
-"""
+""" + "".join(f"""I1124 17:00:06.241654   15826 subprocess_compilation.cc:356] ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{name}' for 'sm_90a'
+ptxas info    : Function properties for {name}
+    0 bytes stack frame, {{xla_spilled}} bytes spill stores, {{xla_spilled}} bytes spill loads
+ptxas info    : Used 12 registers, used 0 barriers, 64 bytes smem, 368 bytes cmem[0]
+""" for name in ("loop_pad_fusion_1", "loop_pad_fusion_2"))
+SAID = PTXAS.format(spilled=0, xla_spilled=0)
 MODULE = """module @matmul attributes {stable_mosaic_gpu.version = 9 : i64} {
     %18 = "stable_mosaic_gpu.arith.constant"() {value = 180320 : i32} : () -> i32
     %20 = "stable_mosaic_gpu.arith.constant"() {value = 1 : index} : () -> index
@@ -77,7 +83,7 @@ def hlo():
     return HLO.replace("MODULE", "backend_config={" + re.search(r'module = "(?:[^"\\]|\\.)*"', lowered)[0] + "}")
 
 
-def judged(tmp_path, hlo, *, log=PTXAS.format(spilled=0), sequence=SEQUENCE, metadata=METADATA, temporaries=0, memory=True, donated=0,
+def judged(tmp_path, hlo, *, log=SAID, sequence=SEQUENCE, metadata=METADATA, temporaries=0, memory=True, donated=0,
            aliased=0, known=None, error=None):
     """compile_gpu's report on a program of which the compiler says these things."""
     class Lowered:
@@ -100,23 +106,28 @@ def test_a_sound_program_is_reported_whole(tmp_path, hlo):
     (kernel,) = report["kernels"]
     assert kernel == {"kernel": "rms_norm", "registers": 28, "spill_bytes": 0, "shared_memory": kernel["shared_memory"]}
     assert 0 < kernel["shared_memory"] < 227 * 1024
+    assert report["xla_kernels"] == [
+        {"kernel": f"loop_pad_fusion_{n}", "registers": 12, "spill_bytes": 0, "shared_memory": 64} for n in (1, 2)]
     assert report["inside"] == {"xla loop_pad_fusion": 2, "rms_norm": 2, "copy bf16[1,576]": 2}
     assert report["per_layer"] == 3 and report["one_layer"] == ["rms_norm", "copy bf16[1,576]", "xla loop_pad_fusion"]
 
 
 @pytest.mark.parametrize("change, fault", [
     (dict(error=ValueError("no such instruction")), "no such instruction"),
-    (dict(log=PTXAS.format(spilled=8)), "spills"),
+    (dict(log=PTXAS.format(spilled=8, xla_spilled=0)), "spills: [{'kernel': 'rms_norm'"),
+    (dict(log=PTXAS.format(spilled=0, xla_spilled=8)), "spills: [{'kernel': 'loop_pad_fusion_1'"),
+    (dict(log=SAID.replace("'loop_pad_fusion_2'", "'another'")), "ptxas says nothing of the kernel loop_pad_fusion_2"),
     (dict(temporaries=(1 << 30) + 1), "GiB of temporaries"),
     (dict(donated=7, aliased=5), "2 bytes of the donated buffers are copied"),
     (dict(sequence=SEQUENCE.replace("000: kCommandBuffer", "000: kSequential")), "not one command buffer"),
-    (dict(sequence=SEQUENCE + "007: kCustomKernel [] loop_add_fusion\n"), "not one command buffer"),
+    (dict(sequence=SEQUENCE + "007: kCopy [] kCopy\n"), "not one command buffer"),
     (dict(log=""), "ptxas says nothing of the kernel rms_norm"),
-    (dict(log=PTXAS.format(spilled=0).replace("Used 28 registers", "28 registers in use")), "registers and spills"),
+    (dict(log=SAID.replace("Used 28 registers", "28 registers in use")), "registers and spills"),
     (dict(memory=False), "cannot be read"),
     (dict(sequence=None), "dumped no thunk_sequence"),
     (dict(metadata=None), "dumped no thunk_metadata"),
     (dict(sequence="nothing of use"), "thunk sequence is empty"),
+    (dict(sequence=SEQUENCE.replace("loop_pad_fusion_1 grid:", "loop_pad_fusion_1 blocks:")), "names no kernel"),
 ])
 def test_each_fault_is_found(tmp_path, hlo, change, fault):
     report = judged(tmp_path, hlo, **change)
@@ -131,13 +142,50 @@ def test_a_mosaic_call_without_a_module_is_a_fault(tmp_path):
 def test_a_kernel_that_the_process_compiled_before_is_still_reported(tmp_path, hlo):
     known = {}
     first = judged(tmp_path, hlo, known=known)
-    assert judged(tmp_path, hlo, known=known, log="")["kernels"] == first["kernels"]
+    without = SAID[SAID.index("I1124"):]
+    assert judged(tmp_path, hlo, known=known, log=without) | {"seconds": 0} == first | {"seconds": 0}
+
+
+TRITON = HLO.replace('custom_call_target="mosaic_gpu_v2", MODULE', 'custom_call_target="__gpu$xla.gpu.triton", backend_config={}')
+# XLA numbers kernels of one name from the second on.
+TRITON_SEQUENCE = SEQUENCE
+for line, name in (("002", "rms_norm"), ("005", "rms_norm__1")):
+    launch = rf"{line}: kCustomKernel \1] {name} grid: [1, 1, 1] threads: [128, 1, 1]  shared_memory: 16 bytes"
+    TRITON_SEQUENCE = re.sub(rf"{line}: kCustomCall (.*)\] kCustomCall", launch, TRITON_SEQUENCE)
+TRITON_SAID = "".join(SAID.replace("rms_norm_mosaic_gpu_kernel", name) for name in ("rms_norm", "rms_norm__1"))
+
+
+def test_triton_kernels_are_reported_with_their_shared_memory(tmp_path):
+    report = judged(tmp_path, TRITON, sequence=TRITON_SEQUENCE, log=TRITON_SAID)
+    assert report["faults"] == []
+    # One byte is the kernel's own, 16 are asked for at its launch.
+    assert report["kernels"] == [
+        {"kernel": name, "registers": 28, "spill_bytes": 0, "shared_memory": 17} for name in ("rms_norm", "rms_norm__1")]
+    assert report["inside"]["rms_norm"] == 2 and report["one_layer"] == ["rms_norm", "copy bf16[1,576]", "xla loop_pad_fusion"]
+
+
+@pytest.mark.parametrize("change, fault", [
+    (dict(log=SAID.replace("rms_norm_mosaic_gpu_kernel", "rms_norm")), "ptxas says nothing of the kernel rms_norm__1"),
+    (dict(log=TRITON_SAID.replace("0 bytes spill stores", "4 bytes spill stores", 1)), "spills: [{'kernel': 'rms_norm'"),
+    (dict(sequence=SEQUENCE), "the Triton call mpmd_map.1 launches no kernel"),
+])
+def test_each_fault_of_a_triton_kernel_is_found(tmp_path, change, fault):
+    report = judged(tmp_path, TRITON, **dict(sequence=TRITON_SEQUENCE, log=TRITON_SAID) | change)
+    assert len(report["faults"]) == 1 and fault in report["faults"][0], report["faults"]
+
+
+def test_a_known_spill_is_one_of_mosaic_alone(tmp_path, hlo, monkeypatch):
+    monkeypatch.setattr(compile_gpu, "KNOWN_SPILLS", {"forward": 16})
+    assert judged(tmp_path, hlo, log=PTXAS.format(spilled=8, xla_spilled=0))["faults"] == []
+    assert "spills" in judged(tmp_path, hlo, log=PTXAS.format(spilled=0, xla_spilled=8))["faults"][0]
+    spilled = TRITON_SAID.replace("0 bytes spill stores", "4 bytes spill stores", 1)
+    assert "spills" in judged(tmp_path, TRITON, sequence=TRITON_SEQUENCE, log=spilled)["faults"][0]
 
 
 def test_a_few_launches_outside_a_graph_are_no_fault_and_a_loop_is(tmp_path, hlo):
-    few = "001: kCustomKernel [] a\n002: kCopy [] b\n"
+    few = "".join(line[4:] for line in SEQUENCE.splitlines(keepends=True)[1:3])
     assert judged(tmp_path, hlo, sequence=few)["faults"] == []
-    assert "kWhile" in judged(tmp_path, hlo, sequence=few + "003: kWhile [] c\n")["faults"][0]
+    assert "kWhile" in judged(tmp_path, hlo, sequence=few + "007: kWhile [] c\n")["faults"][0]
 
 
 def weight_use(line, computation=""):
