@@ -1,4 +1,6 @@
 """The sampler against numpy: edits in vLLM's order, truncation without a sort, keys, reported logprobs."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,8 +140,7 @@ def test_a_row_draws_the_same_whatever_its_neighbours_need(logits):
 
 @pytest.mark.parametrize("platform, loops", [("cpu", True), ("cuda", False)])
 def test_the_bisection_is_a_loop_except_in_a_cuda_graph(platform, loops):
-    from pallas_kernels.dispatch import Kernels
-    kernels = Kernels("plain", *(None,) * 5, row_sum=lambda x: x.sum(-1))
+    kernels = dataclasses.replace(SERVING, row_sum=lambda x: x.sum(-1))
     row = lambda dtype: jax.ShapeDtypeStruct((2,), dtype)
     traced = jax.jit(lambda *a: sampler.truncate(*a, kernels)).trace(
         jax.ShapeDtypeStruct((2, V), jnp.float32), row(jnp.int32), row(jnp.float32), row(jnp.float32))
