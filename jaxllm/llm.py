@@ -20,7 +20,7 @@ from jaxllm.engine.engine import Engine
 from jaxllm.engine.request import Request, TokenEvent, TokenLogprobs, derived_seed
 from jaxllm.engine.runner import Runner
 from jaxllm.errors import UsageError
-from jaxllm.loading import load_model
+from jaxllm.loading import load_model, shapes
 from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.text.stream import TextStream
@@ -310,8 +310,6 @@ class LLM:
 
     def update_params(self, params) -> None:
         """Serves other weights of the same shapes from now on, without a recompile; what was cached of the old ones is forgotten."""
-        def shapes(tree):
-            return jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree)
         try:
             same = shapes(params) == shapes(self.params)
         except (AttributeError, TypeError) as e:

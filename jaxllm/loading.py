@@ -110,14 +110,18 @@ def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf
         return LoadedModel(path, cfg, params, generation, tuple(Path(f) for f in checkpoint.files))
 
 
+def shapes(params):
+    """The pytree with (shape, name of the dtype) in place of each array."""
+    return jax.tree.map(lambda a: (a.shape, str(a.dtype)), params)
+
+
 def _checked(params, cfg: ModelConfig, dtype: str) -> decoder.Decoder:
     """`params`, once it is known to be weights of this model in this dtype."""
     own = getattr(getattr(params, "embedding", None), "dtype", None)
     if own is None or str(own) not in DTYPES or dtype not in ("auto", str(own)):
         raise UsageError(f"params holds weights of dtype {own}; it must be a pytree as load_params returns, in one of "
                          f"{', '.join(DTYPES)}, and dtype={dtype!r} must be \"auto\" or the same", "params")
-    wanted, found = (jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree) for tree in (decoder.template(cfg, own), params))
-    if wanted != found:
+    if shapes(params) != shapes(decoder.template(cfg, own)):
         raise UsageError("params differs in structure, shapes or dtypes from what the model's config.json says", "params")
     return params
 

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import reference
 from pallas_kernels.mosaic_matmul import EIGHT, ROWS, SMS, TILE_N, checked, launch, sum_of_parts
 from pallas_kernels.ragged import deal, rows_at, starts_of
-from pallas_kernels.reference import ACTIVATIONS as REFERENCE_ACTIVATIONS
 from pallas_kernels.rounding import rounded
 from pallas_kernels.tree import ACTIVATIONS, chunk_length
 
@@ -63,6 +63,6 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, out_dt
 def grouped_gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, group_sizes: jax.Array, activation: str) -> jax.Array:
     """activation(x . gate) * (x . up) of each row with its expert's gate and up [E, F, D] -> [T, F]; `grouped_matmul` says more."""
     if activation not in ACTIVATIONS:
-        g, u = (grouped_matmul(x, w, group_sizes, out_dtype=jnp.float32) for w in (gate, up))
-        return rounded(REFERENCE_ACTIVATIONS[activation](g) * u, x.dtype)
+        return reference.gated_mlp(x, gate, up, activation,
+                                   product=lambda x, w, _, out_dtype: grouped_matmul(x, w, group_sizes, out_dtype=out_dtype))
     return _grouped(x, [gate, up], group_sizes, x.dtype, activation=activation)

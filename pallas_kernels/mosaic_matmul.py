@@ -37,8 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plmgpu
 
-from pallas_kernels import compat
-from pallas_kernels.reference import ACTIVATIONS as REFERENCE_ACTIVATIONS
+from pallas_kernels import compat, reference
 from pallas_kernels.rounding import add, rounded
 from pallas_kernels.tree import ACTIVATIONS, chunk_length
 
@@ -297,8 +296,7 @@ def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, 
     groups = checked(x, gate, up)
     if activation not in ACTIVATIONS:
         # Neither version lowers erf in a kernel: the two products in float32, the activation in XLA.
-        g, u = matmul(x, gate, gate_bias, out_dtype=jnp.float32), matmul(x, up, up_bias, out_dtype=jnp.float32)
-        return rounded(REFERENCE_ACTIVATIONS[activation](g) * u, x.dtype)
+        return reference.gated_mlp(x, gate, up, activation, gate_bias=gate_bias, up_bias=up_bias, product=matmul)
     if (gate_bias is None) != (up_bias is None):
         zero = jnp.zeros(gate.shape[0], x.dtype)
         gate_bias, up_bias = (zero if b is None else b for b in (gate_bias, up_bias))

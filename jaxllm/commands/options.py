@@ -54,7 +54,7 @@ def _json_object(text: str) -> dict:
 
 
 def make_llm(args, **more):
-    """The LLM that the model and engine options describe; `more` goes before them."""
+    """The LLM that the model and engine options describe. `more` may say `reproducible` itself."""
     from jaxllm.llm import LLM
     more.setdefault("reproducible", not args.fast)
     return LLM(args.model, tokenizer=args.tokenizer, dtype=args.dtype, load_format=args.load_format, hf_overrides=args.hf_overrides,
