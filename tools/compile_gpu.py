@@ -321,7 +321,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (2)")
     parser.add_argument("--match", default="", help="only programs whose name contains this")
     options = parser.parse_args()
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    # of a package that is not there a module cannot even be looked for
+    if not all(importlib.util.find_spec(name) for name in ("jax_plugins", "jax_plugins.xla_cuda12")):
         print(INSTALL)
         return 2
     context = multiprocessing.get_context("spawn")  # jax reads its environment when it is imported, in each process anew

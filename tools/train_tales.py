@@ -110,6 +110,8 @@ def starting_weights(cfg, args):
     """Fresh weights, or those of `--init` in float32."""
     if args.init is None:
         return initial(cfg, args.seed)
+    if not (args.init / "tokenizer.json").is_file():
+        raise SystemExit(f"{args.init} is no folder with a model and its tokenizer.json")
     if (args.init / "tokenizer.json").read_bytes() != (args.work / "tokenizer.json").read_bytes():
         raise SystemExit(f"{args.init} has another tokenizer than this corpus gives")
     held, params = load_params(str(args.init), dtype="float32")
