@@ -20,7 +20,23 @@ class Kernels:
     attend_bidirectional: Callable  # (q [T, N, H], k, v [T, K, H], starts [S + 1], *, scale, window, softcap) -> [T, N, H]
     grouped_matmul: Callable     # (x [T, K], w [E, N, K], group_sizes [E], *, out_dtype) -> [T, N]
     grouped_gated_mlp: Callable  # (x [T, D], gate [E, F, D], up [E, F, D], group_sizes [E], activation) -> [T, F]
+    # One launch for what the methods below compose, and the same bits; None where an implementation has none.
+    fused_matmuls: Callable | None = None      # (x [T, K], weights [N, K], biases [N] | None) -> [T, N] of each
+    fused_matmul_norm: Callable | None = None  # (x, w, bias | None, *, residual [T, N], norm [N], eps) -> ([T, N], [T, N])
     reasons: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    def matmuls(self, x, weights, biases):
+        """The products of x [T, K] with several weights [N, K], each with its bias [N] or None -> their [T, N], in x's dtype."""
+        if self.fused_matmuls is not None:
+            return self.fused_matmuls(x, weights, biases)
+        return tuple(self.matmul(x, w, bias) for w, bias in zip(weights, biases, strict=True))
+
+    def matmul_norm(self, x, w, bias, *, residual, norm, eps):
+        """(x [T, K] . w [N, K] + bias added to the residual [T, N], the same as `rms_norm` with weight norm [N]), in x's dtype."""
+        if self.fused_matmul_norm is not None:
+            return self.fused_matmul_norm(x, w, bias, residual=residual, norm=norm, eps=eps)
+        out = self.matmul(x, w, bias, residual=residual)
+        return out, self.rms_norm(out, norm, eps)
 
 
 # Differentiable: what a model called as a plain function uses.
@@ -40,7 +56,8 @@ def _mosaic() -> Kernels:
     from pallas_kernels import mosaic_attention, mosaic_grouped, mosaic_matmul, mosaic_rows
     return Kernels("mosaic", mosaic_matmul.matmul, mosaic_matmul.gated_mlp, mosaic_rows.rms_norm, mosaic_attention.attend,
                    mosaic_rows.log_sum_exp, mosaic_rows.row_sum, mosaic_attention.attend_bidirectional,
-                   mosaic_grouped.grouped_matmul, mosaic_grouped.grouped_gated_mlp)
+                   mosaic_grouped.grouped_matmul, mosaic_grouped.grouped_gated_mlp,
+                   fused_matmuls=mosaic_matmul.matmuls, fused_matmul_norm=mosaic_matmul.matmul_norm)
 
 
 @cache
@@ -90,7 +107,7 @@ def _fast(kernels: Kernels) -> Kernels:
     from pallas_kernels import fast
     return dataclasses.replace(
         kernels, name=f"{kernels.name}+fast", matmul=fast.matmul, gated_mlp=partial(reference.gated_mlp, product=fast.matmul),
-        rms_norm=fast.rms_norm, log_sum_exp=fast.log_sum_exp, row_sum=fast.row_sum,
+        rms_norm=fast.rms_norm, log_sum_exp=fast.log_sum_exp, row_sum=fast.row_sum, fused_matmuls=None, fused_matmul_norm=None,
         reasons=kernels.reasons + ("fast: not reproducible, as asked; bits depend on the batch",))
 
 

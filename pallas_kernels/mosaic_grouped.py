@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import reference
-from pallas_kernels.mosaic_matmul import EIGHT, ROWS, SMS, TILE_N, checked, launch, sum_of_parts
+from pallas_kernels.mosaic_matmul import EIGHT, ROWS, SMS, STAGES, TILE_N, checked, launch, sum_of_parts
 from pallas_kernels.ragged import deal, rows_at, starts_of
-from pallas_kernels.rounding import rounded
 from pallas_kernels.tree import ACTIVATIONS, chunk_length
 
 
@@ -39,11 +38,11 @@ def _grouped(x, weights, group_sizes, out_dtype, *, split=False, activation=None
     own = by_tile.owner
     tiles = jnp.stack([own, (after - eights)[own] + by_tile.first // EIGHT, after[own]], 1)
     tiles = jnp.concatenate([jnp.full((1, 3), (-(-counts // rows)).sum()), tiles]).astype(jnp.int32)
-    stages = 6 - (groups == 2) - (activation is not None)
-    out = launch(rows_at(x, dealt.source.reshape(-1)), weights, [], out_dtype, groups=groups, stages=stages, split=split,
+    stages = STAGES[groups] - (activation is not None)
+    out, = launch(rows_at(x, dealt.source.reshape(-1)), weights, [], out_dtype, groups=groups, stages=stages, split=split,
                  tiles=tiles, activation=activation)
     if split:
-        out = rounded(sum_of_parts(out), out_dtype)
+        out = sum_of_parts(out, out.shape[1], n, None, out_dtype)
     return rows_at(out, dealt.place)[:, :n]
 
 

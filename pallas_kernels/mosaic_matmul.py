@@ -37,7 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plmgpu
 
-from pallas_kernels import compat, reference
+from pallas_kernels import compat, mosaic_rows, reference
 from pallas_kernels.rounding import add, rounded
 from pallas_kernels.tree import ACTIVATIONS, chunk_length
 
@@ -46,6 +46,7 @@ TILE_N = 128    # columns of one wgmma: m64n128k16, the only shape used
 SMS = 132       # of an H100 or H200 (SXM): the persistent grid's width, and no part of the tree
 TILE_K = 64     # K of one pipeline stage: 128 bytes, the widest swizzle
 EIGHT = 8       # rows of a shared-memory tile: what TMA addresses
+STAGES = {1: 6, 2: 5}  # by computing warpgroups: what shared memory holds beside a result of 2 bytes
 
 
 def _tiled(shape, dtype):
@@ -54,13 +55,13 @@ def _tiled(shape, dtype):
     return plmgpu.SMEM(shape, dtype, transforms=(plmgpu.TilingTransform((8, elements)), plmgpu.SwizzleTransform(128)))
 
 
-def _body(x, weights, biases, residual, tiles, out, x_smem, w_smem, out_smem, up_smem, added, full, free, landed, *, m, n, k, groups,
-          stages, split, activation, blocks):
+def _body(x, weights, biases, residual, tiles, *refs, m, widths, k, chunk, groups, stages, split, activation, blocks):
     gated, grouped = activation is not None, tiles is not None
+    *outs, x_smem, w_smem, out_smem, up_smem, added, full, free, landed = refs
     group, block = lax.axis_index("group"), lax.axis_index("block")
-    chunk = chunk_length(k)
     chunks, chunk_steps = pl.cdiv(k, chunk), chunk // TILE_K
-    m_tiles, n_tiles = tiles[0, 0] if grouped else pl.cdiv(m, ROWS * groups), pl.cdiv(n, TILE_N)
+    m_tiles = tiles[0, 0] if grouped else pl.cdiv(m, ROWS * groups)
+    *before, n_tiles = first_tiles(widths)
     items = m_tiles * n_tiles * (chunks if split else 1)
     mine = lax.div(items - block + blocks - 1, blocks)
 
@@ -70,6 +71,12 @@ def _body(x, weights, biases, residual, tiles, out, x_smem, w_smem, out_smem, up
 
     def first_row(m_tile):
         return tiles[m_tile + 1, 1] * EIGHT if grouped else m_tile * ROWS * groups
+
+    def of_its_weight(n_tile, act):
+        """act(which, column tile there) for the weight that a column tile belongs to."""
+        for which, first in enumerate(before):
+            end = (*before, n_tiles)[which + 1]
+            pl.when(True if len(before) == 1 else (n_tile >= first) & (n_tile < end))(functools.partial(act, which, n_tile - first))
 
     def chunk_range(c):
         return (c, c + 1) if split else (0, chunks)
@@ -89,7 +96,7 @@ def _body(x, weights, biases, residual, tiles, out, x_smem, w_smem, out_smem, up
             steps = jnp.minimum(last_chunk * chunk_steps, pl.cdiv(k, TILE_K)) - start
             first = first_row(m_tile)
 
-            def load(w, s, count):
+            def load(w, n_tile, s, count):
                 slot = lax.rem(count, stages)
 
                 @pl.when(count >= stages)
@@ -100,10 +107,15 @@ def _body(x, weights, biases, residual, tiles, out, x_smem, w_smem, out_smem, up
                 plmgpu.copy_gmem_to_smem(w.at[pl.ds(n_tile * TILE_N, TILE_N), along_k], w_smem.at[slot], full.at[slot])
                 return count + 1
 
-            for w in reversed(weights):
+            def load_all(w, n_tile, count):
                 w = w.at[tiles[m_tile + 1, 0]] if grouped else w
-                count = lax.fori_loop(0, steps, functools.partial(load, w), count)
-            return count
+                lax.fori_loop(0, steps, functools.partial(load, w, n_tile), count)
+
+            if gated:
+                load_all(weights[1], n_tile, count)
+                count += steps
+            of_its_weight(n_tile, lambda which, own_tile: load_all(weights[which], own_tile, count))
+            return count + steps
 
         count = lax.fori_loop(0, mine, item_loads, jnp.int32(0))
 
@@ -173,13 +185,15 @@ def _body(x, weights, biases, residual, tiles, out, x_smem, w_smem, out_smem, up
             plmgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem[group] = value
             plmgpu.commit_smem()
-            target = out.at[c] if split else out
             # In a tile of a group, eights of rows past its end belong to another tile.
             piece, end = (EIGHT, tiles[m_tile + 1, 2] * EIGHT) if grouped else (ROWS, None)
-            for start in range(0, ROWS, piece):
-                @pl.when(True if end is None else first + start < end)
-                def _():
-                    plmgpu.copy_smem_to_gmem(out_smem.at[group, pl.ds(start, piece)], target.at[pl.ds(first + start, piece), along_n])
+            def store(which, own_tile):
+                target, columns = outs[which].at[c] if split else outs[which], pl.ds(own_tile * TILE_N, TILE_N)
+                for start in range(0, ROWS, piece):
+                    @pl.when(True if end is None else first + start < end)
+                    def _():
+                        plmgpu.copy_smem_to_gmem(out_smem.at[group, pl.ds(start, piece)], target.at[pl.ds(first + start, piece), columns])
+            of_its_weight(n_tile, store)
             return count
 
         lax.fori_loop(0, mine, item_products, jnp.int32(0))
@@ -187,26 +201,29 @@ def _body(x, weights, biases, residual, tiles, out, x_smem, w_smem, out_smem, up
 
 
 # A function of its own, so that a program of many layers lowers each distinct kernel once.
-@functools.partial(jax.jit, static_argnames=("out_dtype", "groups", "stages", "split", "activation", "blocks"))
-def launch(x, weights, biases, out_dtype, *, groups, stages, split, residual=None, tiles=None, activation=None, blocks=SMS):
-    """One launch: out [M.., N..] (with `split` float32 [chunks, M.., N..]) of x [M, K] and one or two weights [N, K].
+@functools.partial(jax.jit, static_argnames=("out_dtype", "groups", "stages", "split", "activation", "blocks", "chunk"))
+def launch(x, weights, biases, out_dtype, *, groups, stages, split, residual=None, tiles=None, activation=None, blocks=SMS,
+           chunk=None):
+    """One launch: [M.., N..] (with `split` float32 [chunks, M.., N..]) of x [M, K] with each of the weights [N, K].
 
-    M.. and N.. are at least M and N; the rest is padding. With `tiles` int32 [1 + n, 3] the weights are [E, N, K]: in row 0
+    M.. and N.. are at least M and N; the rest is padding. With an activation the weights are a gate and an up of one N, and
+    there is one result; the biases are one of whole column tiles for all weights, or one for gate and one for up. With `tiles` int32 [1 + n, 3] the weights are [E, N, K]: in row 0
     how many tiles of rows there are, in each other row a tile's expert, its first row and where its expert's rows end, by
-    EIGHT. Rows of no tile are not written.
+    EIGHT. Rows of no tile are not written. A `chunk` that is not `chunk_length(K)` is another tree: it is there to be timed.
     """
     x, *weights = (_padded(a) for a in (x, *weights))
     residual = None if residual is None else _padded(residual)
     m, k = x.shape
-    n = weights[0].shape[-2]
     gated = activation is not None
-    chunks = pl.cdiv(k, chunk_length(k))
+    widths = tuple(w.shape[-2] for w in weights)[:1 if gated else None]
+    chunk = chunk or chunk_length(k)
+    chunks = pl.cdiv(k, chunk)
     out_dtype = jnp.float32 if split else out_dtype
-    wide = n + -n % 64  # TMA stores tiles of 8 x 128 bytes
-    out = jax.ShapeDtypeStruct((chunks, m, wide) if split else (m, wide), out_dtype)
+    wide = [n + -n % 64 for n in widths]  # TMA stores tiles of 8 x 128 bytes
+    out = [jax.ShapeDtypeStruct((chunks, m, n) if split else (m, n), out_dtype) for n in wide]
     m_tiles = pl.cdiv(m, ROWS * groups) if tiles is None else tiles.shape[0] - 1
-    blocks = min(m_tiles * pl.cdiv(n, TILE_N) * (chunks if split else 1), blocks)
-    body = functools.partial(_body, m=m, n=n, k=k, groups=groups, stages=stages, split=split, activation=activation, blocks=blocks)
+    blocks = min(m_tiles * first_tiles(widths)[-1] * (chunks if split else 1), blocks)
+    body = functools.partial(_body, m=m, widths=widths, k=k, chunk=chunk, groups=groups, stages=stages, split=split, activation=activation, blocks=blocks)
     body.__name__ = ("" if tiles is None else "grouped_") + ("matmul_split" if split else "gated_mlp" if gated else "matmul")
     return compat.kernel(
         body, out_type=out,
@@ -250,12 +267,19 @@ def _whole_tiles(bias):
     return bias if bias.shape[0] % TILE_N == 0 else jnp.pad(bias, (0, -bias.shape[0] % TILE_N))
 
 
-def sum_of_parts(parts):
-    """float32 [chunks, M, N] added left to right."""
-    out = parts[0]
-    for chunk in range(1, parts.shape[0]):
-        out = out + parts[chunk]
-    return out
+def first_tiles(widths) -> list[int]:
+    """The column tile at which each of several products begins, and how many tiles they have together."""
+    return [sum(pl.cdiv(n, TILE_N) for n in widths[:i]) for i in range(len(widths) + 1)]
+
+
+def sum_of_parts(parts, rows: int, columns: int, bias, dtype):
+    """float32 [chunks, M.., N..] added left to right, then the bias [N] or None -> [rows, columns] in dtype."""
+    out, *rest = (parts[chunk, :rows, :columns] for chunk in range(parts.shape[0]))
+    for part in rest:
+        out = out + part
+    if bias is not None:
+        out = out + bias.astype(jnp.float32)
+    return rounded(out, dtype)
 
 
 def wants_split(m: int, n: int, k: int) -> bool:
@@ -280,15 +304,46 @@ def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, residua
     if out_dtype == jnp.float32 and not split:
         groups = 1  # three warpgroups have 168 registers a thread, and storing float32 spills there
     biases = [] if bias is None or split else [_whole_tiles(bias)]
-    out = launch(x, [w], biases, out_dtype, groups=groups, stages=6 if groups == 1 else 5, split=split,
-                residual=None if split else residual)
-    if split:
-        out = sum_of_parts(out)
-        if bias is not None:
-            out = jnp.pad(bias.astype(jnp.float32), (0, out.shape[1] - n)) + out
-        out = rounded(out[:x.shape[0], :n], out_dtype)
-        return out if residual is None else add(residual, out)
-    return out[:x.shape[0], :n]
+    out, = launch(x, [w], biases, out_dtype, groups=groups, stages=STAGES[groups], split=split, residual=None if split else residual)
+    if not split:
+        return out[:x.shape[0], :n]
+    out = sum_of_parts(out, x.shape[0], n, bias, out_dtype)
+    return out if residual is None else add(residual, out)
+
+
+def matmuls(x: jax.Array, weights, biases, *, split: bool | None = None) -> tuple[jax.Array, ...]:
+    """The products of x [T, K] with several weights [N, K], each with its bias [N] or None -> their [T, N] in x's dtype.
+
+    One launch, in which each product has the bits that `matmul` gives it: it fills the card where one of them alone, the few
+    columns of keys and values, would not.
+    """
+    groups, rows = checked(x, *weights), x.shape[0]
+    if split is None:
+        split = wants_split(rows, sum(w.shape[0] for w in weights), x.shape[1])
+    joined = []
+    if not split and any(bias is not None for bias in biases):
+        whole = [_whole_tiles(jnp.zeros(w.shape[0], x.dtype) if bias is None else bias) for w, bias in zip(weights, biases, strict=True)]
+        joined = [jnp.concatenate(whole)]
+    outs = launch(x, list(weights), joined, x.dtype, groups=groups, stages=STAGES[groups], split=split)
+    return tuple(sum_of_parts(out, rows, w.shape[0], bias, x.dtype) if split else out[:rows, :w.shape[0]]
+                 for out, w, bias in zip(outs, weights, biases, strict=True))
+
+
+def matmul_norm(x: jax.Array, w: jax.Array, bias: jax.Array | None, *, residual: jax.Array, norm: jax.Array, eps: float,
+                split: bool | None = None) -> tuple[jax.Array, jax.Array]:
+    """(x [T, K] . w [N, K] + bias added to the residual [T, N], that sum normed with weight norm [N]), in x's dtype.
+
+    The bits are those of `matmul` with the residual and of `mosaic_rows.rms_norm`. Split, one launch after the product does both.
+    """
+    rows, n = x.shape[0], w.shape[0]
+    if split is None:
+        split = wants_split(rows, n, x.shape[1])
+    if not (split and mosaic_rows.as_it_is(n, x.dtype) and residual.dtype == norm.dtype == x.dtype):
+        out = matmul(x, w, bias, residual=residual, split=split)
+        return out, mosaic_rows.rms_norm(out, norm, eps)
+    groups = checked(x, w)
+    parts, = launch(x, [w], [], jnp.float32, groups=groups, stages=STAGES[groups], split=True)
+    return mosaic_rows.sum_norm(parts, bias, residual, norm, eps)
 
 
 def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, gate_bias=None, up_bias=None) -> jax.Array:
@@ -301,5 +356,5 @@ def gated_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, activation: str, *, 
         zero = jnp.zeros(gate.shape[0], x.dtype)
         gate_bias, up_bias = (zero if b is None else b for b in (gate_bias, up_bias))
     biases = [] if gate_bias is None else [_whole_tiles(gate_bias), _whole_tiles(up_bias)]
-    return launch(x, [gate, up], biases, x.dtype, groups=groups, stages=5 if groups == 1 else 4, split=False,
-                 activation=activation)[:x.shape[0], :gate.shape[0]]
+    out, = launch(x, [gate, up], biases, x.dtype, groups=groups, stages=STAGES[groups] - 1, split=False, activation=activation)
+    return out[:x.shape[0], :gate.shape[0]]

@@ -38,63 +38,90 @@ def _pieces(length):
             size //= 2
 
 
-def _load(ref, row, start, size):
-    """float32 [size] of a row."""
-    vector = max(1, min(size // LANES, 16 // ref.dtype.itemsize))
+def _load(ref, row, start, size, like=None):
+    """float32 [size] of a row, each lane holding the places that it would hold of a row of dtype `like`, its own by default."""
+    vector = max(1, min(size // LANES, 16 // jnp.dtype(like or ref.dtype).itemsize))
     layout = plmgpu.Layout.WG_STRIDED((size,), vector)
     return plmgpu.load(ref.at[row, pl.ds(start, size)], layout=layout, optimized=False).astype(jnp.float32)
 
 
-def _fold(ref, row, start_value, add, nothing=0.0):
-    """add(value, piece) over the pieces of a row, ascending; `nothing` stands in a piece for what is not its own."""
-    length = ref.shape[1]
-    value = lax.fori_loop(0, length // PIECE, lambda i, v: add(v, _load(ref, row, i * PIECE, PIECE)), start_value)
+def _fold(length, load, start_value, add, nothing=0.0):
+    """add(value, load(start, size)) over the pieces of a row, ascending; `nothing` stands in a piece for what is not its own."""
+    value = lax.fori_loop(0, length // PIECE, lambda i, v: add(v, load(i * PIECE, PIECE)), start_value)
     for start, size in _pieces(length):
-        value = add(value, _load(ref, row, start, size))
+        value = add(value, load(start, size))
     if rest := length % LANES:
         place = plmgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=plmgpu.Layout.WG_STRIDED((LANES,), 1))
-        value = add(value, jnp.where(place >= LANES - rest, _load(ref, row, length - LANES, LANES), nothing))
+        value = add(value, jnp.where(place >= LANES - rest, load(length - LANES, LANES), nothing))
     return value
+
+
+def _fold_row(x, row, *how):
+    return _fold(x.shape[1], functools.partial(_load, x, row), *how)
 
 
 def _row_sum_body(x, out):
     row = lax.axis_index("row")
-    out[row] = _fold(x, row, jnp.float32(0), lambda total, piece: total + piece.sum())
+    out[row] = _fold_row(x, row, jnp.float32(0), lambda total, piece: total + piece.sum())
 
 
 def _log_sum_exp_body(x, out):
     row = lax.axis_index("row")
-    top = _fold(x, row, jnp.float32(-jnp.inf), lambda top, piece: jnp.maximum(top, piece.max()), -jnp.inf)
-    total = _fold(x, row, jnp.float32(0), lambda total, piece: total + jnp.exp(piece - top).sum(), -jnp.inf)
+    top = _fold_row(x, row, jnp.float32(-jnp.inf), lambda top, piece: jnp.maximum(top, piece.max()), -jnp.inf)
+    total = _fold_row(x, row, jnp.float32(0), lambda total, piece: total + jnp.exp(piece - top).sum(), -jnp.inf)
     out[row] = top + jnp.log(total)
 
 
-def _rms_norm_body(x, weight, out, *, width, eps):
-    row = lax.axis_index("row")
-    mean_square = _fold(x, row, jnp.float32(0), lambda total, piece: total + (piece * piece).sum()) / width
+def _rms_norm_body(x, weight, out, *, width, eps, load=None):
+    """`load` gives the numbers of x as they are read first; what they are scaled and stored from is x."""
+    row, length = lax.axis_index("row"), x.shape[1]
+    load = load or functools.partial(_load, x, row)
+    mean_square = _fold(length, load, jnp.float32(0), lambda total, piece: total + (piece * piece).sum()) / width
     scale = lax.rsqrt(mean_square + eps)
 
     def store(start, size):
         value = _load(x, row, start, size) * scale * _load(weight, 0, start, size)
         compat.store(out.at[row, pl.ds(start, size)], value.astype(out.dtype))
 
-    lax.fori_loop(0, x.shape[1] // PIECE, lambda i, _: store(i * PIECE, PIECE), None)
-    for start, size in _pieces(x.shape[1]):
+    lax.fori_loop(0, length // PIECE, lambda i, _: store(i * PIECE, PIECE), None)
+    for start, size in _pieces(length):
         store(start, size)
-    if x.shape[1] % LANES:
-        store(x.shape[1] - LANES, LANES)  # some numbers twice, and the same
+    if length % LANES:
+        store(length - LANES, LANES)  # some numbers twice, and the same
+
+
+def _sum_norm_body(parts, bias, residual, weight, out, normed, *, eps):
+    row, dtype = lax.axis_index("row"), out.dtype
+
+    def summed(start, size):
+        """A piece of the row as `matmul` gives it: the lane that stores a number reads it again."""
+        value, *rest = (_load(parts.at[chunk], row, start, size, dtype) for chunk in range(parts.shape[0]))
+        for part in rest:
+            value = value + part
+        if bias is not None:
+            value = value + _load(bias, 0, start, size)
+        value = value.astype(dtype).astype(jnp.float32) + _load(residual, row, start, size)
+        value = value.astype(dtype)
+        compat.store(out.at[row, pl.ds(start, size)], value)
+        return value.astype(jnp.float32)
+
+    _rms_norm_body(out, weight, normed, width=out.shape[1], eps=eps, load=summed)
+
+
+def as_it_is(width: int, dtype) -> bool:
+    """Whether rows are read where they lie: not where they are short, or begin where a load of 16 bytes cannot."""
+    return width % LANES == 0 or width >= LANES and width * jnp.dtype(dtype).itemsize % 16 == 0
 
 
 def _padded(x, value=0):
-    """x [.., D] as [rows, D], D rounded up to 128 where rows are short or begin where a load of 16 bytes cannot."""
+    """x [.., D] as [rows, D], D rounded up to 128 where rows cannot be read where they lie."""
     x = x.reshape(-1, x.shape[-1])
-    as_it_is = x.shape[1] % LANES == 0 or x.shape[1] >= LANES and x.shape[1] * x.dtype.itemsize % 16 == 0
-    return x if as_it_is else jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)), constant_values=value)
+    return x if as_it_is(x.shape[1], x.dtype) else jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)), constant_values=value)
 
 
 def _call(body, name, out, *operands):
     body.__name__ = name
-    return compat.kernel(body, out_type=out, grid=(out.shape[0],), grid_names=("row",))(*operands)
+    return compat.kernel(body, out_type=out, grid=(jax.tree.leaves(out)[0].shape[0],), grid_names=("row",))(*operands)
 
 
 @jax.jit
@@ -121,3 +148,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     body = functools.partial(_rms_norm_body, width=width, eps=eps)
     out = _call(body, "rms_norm", jax.ShapeDtypeStruct(rows.shape, x.dtype), rows, _padded(weight))
     return out[:, :width].reshape(x.shape)
+
+
+@functools.partial(jax.jit, static_argnames="eps")
+def sum_norm(parts: jax.Array, bias: jax.Array | None, residual: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """(parts float32 [chunks, T.., N..] added in ascending order, with bias [N] or None, rounded and added to the residual
+    [T, N]; the same as `rms_norm` with weight [N]), in the residual's dtype. `as_it_is` says which N it takes."""
+    out = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
+    bias = None if bias is None else bias[None]
+    return tuple(_call(functools.partial(_sum_norm_body, eps=eps), "sum_norm", (out, out), parts, bias, residual, weight[None]))

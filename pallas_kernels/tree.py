@@ -13,8 +13,12 @@ ACTIVATIONS = {
 
 
 def chunk_length(k: int) -> int:
-    """K summed by one accumulator before it is added to the others; K alone decides, never the batch."""
-    return 1024 if k >= 2048 else 256
+    """K summed by one accumulator before it is added to the others; K alone decides, never the batch.
+
+    Four chunks at most: enough blocks for a card when rows are few (a width of 4096 has 32 column tiles), and few parts,
+    which are float32 and are written and read again.
+    """
+    return max(256, -(-k // 512) * 128)
 
 
 def merged(state, own, across):

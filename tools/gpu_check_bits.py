@@ -188,6 +188,27 @@ def bits(report):
                                  for m in ((70,) if report.small else (1, 8, 64, 65, 70)) for split in (False, True))}
     report.guard("residual", residual)
 
+    def several():
+        n, k = ((136, 64, 40), 320) if report.small else ((4096, 1024, 1024), 4096)
+        x = random(0, (70, k), "bfloat16")
+        weights, biases = [random(1 + i, (w, k), "bfloat16", k ** -0.5) for i, w in enumerate(n)], [random(9, n[:1], "bfloat16"), None, None]
+        want = jnp.concatenate([mm.matmul(x, w, b) for w, b in zip(weights, biases)], 1)
+        call = jax.jit(mm.matmuls, static_argnames="split")
+        return {"differing": sum(equal(jnp.concatenate(call(x[:m], weights, biases, split=split), 1), want[:m])
+                                 for m in ((70,) if report.small else (1, 64, 70)) for split in (False, True))}
+    report.guard("several products", several)
+
+    def normed():
+        n, k = (136, 320) if report.small else (4096, 14336)
+        x, w, r, norm = (random(i, shape, "bfloat16", scale) for i, (shape, scale) in enumerate(
+            [((70, k), 1), ((n, k), k ** -0.5), ((70, n), 3), ((n,), 1)]))
+        total = mm.matmul(x, w, residual=r)
+        want = jnp.concatenate([total, mr.rms_norm(total, norm, 1e-5)], 1)
+        call = jax.jit(partial(mm.matmul_norm, eps=1e-5), static_argnames="split")
+        return {"differing": sum(equal(jnp.concatenate(call(x[:m], w, None, residual=r[:m], norm=norm, split=split), 1), want[:m])
+                                 for m in ((70,) if report.small else (1, 64, 70)) for split in (False, True))}
+    report.guard("product, residual and norm", normed)
+
     def row_kernels():
         x, weight = random(3, (9, 4301), "float32"), random(4, (4301,), "float32")
         return {"differing": sum(equal(f(x[4:5]), f(x)[4:5]) for f in (mr.row_sum, mr.log_sum_exp, lambda x: mr.rms_norm(x, weight, 1e-5)))}

@@ -116,6 +116,24 @@ def kernels(report):
             return out
         report.guard(f"matmul {m}x{n}x{k}", products)
 
+    def tree(m, n, k):
+        """The tree's own cut of K beside others, and K in one piece: what one fixed tree costs is its time over the least."""
+        count = 1 if report.small else max(4, (400 << 20) // (2 * n * k))
+        x, ws = random(m, (m, k), "bfloat16"), [random(i, (n, k), "bfloat16", k ** -0.5) for i in range(count)]
+        groups, out = mm.checked(x, *ws), {}
+        whole = -(-k // 128) * 128
+        for chunk in sorted({c for c in (256, 512, 1024, 2048, mm.chunk_length(k)) if c < k} | {whole}):
+            for split in (False, True) if chunk < whole and m <= 2 * mm.ROWS else (False,):
+                def product(x, w, chunk=chunk, split=split):
+                    part, = mm.launch(x, [w], [], x.dtype, groups=groups, stages=mm.STAGES[groups], split=split, chunk=chunk)
+                    return mm.sum_of_parts(part, m, n, None, x.dtype) if split else part
+                us = seconds(jax.jit(lambda x, ws: [product(x, w) for w in ws]), x, ws) / count * 1e6
+                out[f"{'split' if split else 'in turn'} {chunk}"] = us
+        own = min(us for name, us in out.items() if name.endswith(f" {mm.chunk_length(k)}"))
+        return {"us": out, "chunk": mm.chunk_length(k), "cost": own / min(out.values()) - 1}
+    for options in [(1, 136, 320)] if report.small else [(1, 4096, 4096), (64, 4096, 14336), (64, 6144, 4096), (2048, 4096, 14336)]:
+        report.guard(f"tree {options}", lambda: tree(*options))
+
 
 def model(report):
     """The 8B shape with random weights, run by the engine's programs: step and draw times, and bits end to end."""

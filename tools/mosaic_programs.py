@@ -22,6 +22,12 @@ def programs(array):
         yield f"matmul with residual {m}x{n}x{k}", f, (array((m, k), dtype), array((n, k), dtype), array((m, n), dtype))
     f = lambda x, w, r: mm.matmul(x, w, residual=r, out_dtype=f32)
     yield "matmul with float32 residual 256x576x1536", f, (array((256, 1536), bf16), array((576, 1536), bf16), array((256, 576), f32))
+    for m, widths, k in ((1, (4096, 1024, 1024), 4096), (64, (896, 128, 128), 896), (2048, (4096, 1024, 1024), 4096)):
+        weights, biases = [array((n, k), bf16) for n in widths], [array((n,), bf16) for n in widths]
+        yield f"matmuls {m}x{'+'.join(map(str, widths))}x{k}", mm.matmuls, (array((m, k), bf16), weights, biases)
+    for m, n, k, dtype in ((1, 4096, 4096, bf16), (64, 4096, 14336, bf16), (128, 896, 4864, f16), (64, 576, 1536, bf16)):
+        f = lambda x, w, r, norm: mm.matmul_norm(x, w, None, residual=r, norm=norm, eps=1e-5)
+        yield f"matmul and norm {m}x{n}x{k}", f, (array((m, k), dtype), array((n, k), dtype), array((m, n), dtype), array((n,), dtype))
     for m in (1, 256):
         yield f"logits {m}x128256x4096", partial(mm.matmul, out_dtype=f32), (array((m, 4096), bf16), array((128256, 4096), bf16))
     for m, activation in ((1, "silu"), (2048, "silu"), (64, "gelu_tanh"), (2048, "gelu_tanh"), (64, "relu"), (64, "gelu")):

@@ -78,10 +78,14 @@ class Programs:
     score: Callable    # (params, hidden, rows, targets, *, top) -> Drawn
 
 
+# Weights and cache fill a card by design; XLA, which counts them, would compute the rotation's tables anew in each layer.
+AS_WRITTEN = {"xla_disable_hlo_passes": "rematerialization"}
+
+
 def programs(cfg: ModelConfig, kernels: Kernels) -> Programs:
     """What a `Runner` of this model runs."""
     return Programs(
-        jax.jit(partial(forward, cfg=cfg, kernels=kernels), donate_argnames="cache"),
+        jax.jit(partial(forward, cfg=cfg, kernels=kernels), donate_argnames="cache", compiler_options=AS_WRITTEN),
         jax.jit(partial(sampler.sample, kernels=kernels), static_argnames="features", donate_argnames="last_token"),
         jax.jit(partial(score, cfg=cfg, kernels=kernels), static_argnames="top"))
 

@@ -13,6 +13,12 @@ class Linear:
     bias: jax.Array | None  # [out]
 
 
-def linear(p: Linear, x: jax.Array, kernels: Kernels, residual: jax.Array | None = None) -> jax.Array:
-    """x [T, in] -> [T, out] in x's dtype, added to the residual [T, out] if there is one."""
-    return kernels.matmul(x, p.weight, p.bias, residual=residual)
+def linears(several: tuple[Linear, ...], x: jax.Array, kernels: Kernels) -> tuple[jax.Array, ...]:
+    """x [T, in] -> [T, out] of each, in x's dtype."""
+    return kernels.matmuls(x, [p.weight for p in several], [p.bias for p in several])
+
+
+def linear_norm(p: Linear, x: jax.Array, kernels: Kernels, *, residual: jax.Array, norm: jax.Array,
+                eps: float) -> tuple[jax.Array, jax.Array]:
+    """x [T, in] -> [T, out] added to the residual [T, out], and that sum normed with weight `norm` [out]; both in x's dtype."""
+    return kernels.matmul_norm(x, p.weight, p.bias, residual=residual, norm=norm, eps=eps)

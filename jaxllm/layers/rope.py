@@ -3,12 +3,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 import numpy as np
 
 from jaxllm.config import RopeSpec
 from jaxllm.errors import UnsupportedError
-from pallas_kernels.rounding import rounded
+from pallas_kernels.rounding import product, rounded
 
 
 def rotate(x: jax.Array, positions: jax.Array, spec: RopeSpec) -> jax.Array:
@@ -18,8 +17,7 @@ def rotate(x: jax.Array, positions: jax.Array, spec: RopeSpec) -> jax.Array:
     cos = jnp.tile(jnp.cos(angle) * spec.magnitude, 2)[:, None]  # [T, 1, 2 * half]
     sin = jnp.tile(jnp.sin(angle) * spec.magnitude, 2)[:, None]
     wide = x[..., :2 * half].astype(jnp.float32)
-    # Of two products in a sum a compiler may fuse either with the addition, and chooses by shape: one is rounded before.
-    crossed = lax.optimization_barrier(jnp.concatenate([-wide[..., half:], wide[..., :half]], axis=-1) * sin)
+    crossed = product(jnp.concatenate([-wide[..., half:], wide[..., :half]], axis=-1), sin)
     turned = rounded(wide * cos + crossed, x.dtype)
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half:]], axis=-1)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import LayerSpec, ModelConfig
-from jaxllm.layers.linear import Linear, linear
+from jaxllm.layers.linear import Linear, linear_norm, linears
 from jaxllm.layers.rope import rotate
 from pallas_kernels.dispatch import REFERENCE, Kernels
 from pallas_kernels.ragged import Ragged, contiguous
@@ -79,29 +79,29 @@ def template(cfg: ModelConfig, dtype) -> Decoder:
     return Decoder(array(cfg.vocab_size, d), (layer,) * len(cfg.layers), array(d), None if cfg.tied else array(cfg.vocab_size, d))
 
 
-def _attention(cfg: ModelConfig, spec: LayerSpec, p: Layer, residual, x, k_pages, v_pages, ragged: Ragged, kernels: Kernels):
-    tokens = x.shape[0]
-    q = linear(p.q, x, kernels).reshape(tokens, cfg.num_heads, cfg.head_dim)
-    k = linear(p.k, x, kernels).reshape(tokens, cfg.num_kv_heads, cfg.head_dim)
-    v = linear(p.v, x, kernels).reshape(tokens, cfg.num_kv_heads, cfg.head_dim)
+def _attention(cfg: ModelConfig, spec: LayerSpec, p: Layer, normed, k_pages, v_pages, ragged: Ragged, kernels: Kernels):
+    """What the heads see, [T, N * H], and the pages with keys and values of normed [T, D] written."""
+    tokens = normed.shape[0]
+    q, k, v = (a.reshape(tokens, -1, cfg.head_dim) for a in linears((p.q, p.k, p.v), normed, kernels))
     if cfg.qk_norm:
         q = kernels.rms_norm(q, p.q_norm, cfg.norm_eps)
         k = kernels.rms_norm(k, p.k_norm, cfg.norm_eps)
     q, k = rotate(q, ragged.positions, spec.rope), rotate(k, ragged.positions, spec.rope)
     out, k_pages, v_pages = kernels.attend(q, k, v, k_pages, v_pages, ragged, scale=cfg.attention_scale,
                                            window=spec.window, softcap=None)
-    return linear(p.o, out.reshape(tokens, -1), kernels, residual), k_pages, v_pages
+    return out.reshape(tokens, -1), k_pages, v_pages
 
 
 # A function of its own for jit, so that equal layers are traced and lowered once; XLA puts it in line again.
 @partial(jax.jit, static_argnames=("cfg", "spec", "kernels"))
-def _layer(p: Layer, x, k_pages, v_pages, ragged: Ragged, *, cfg: ModelConfig, spec: LayerSpec, kernels: Kernels):
-    """One layer: x [T, D] and the layer's pages -> the same, with the layer's output added and its keys and values written."""
-    x, k_pages, v_pages = _attention(cfg, spec, p, x, kernels.rms_norm(x, p.attention_norm, cfg.norm_eps),
-                                     k_pages, v_pages, ragged, kernels)
-    normed = kernels.rms_norm(x, p.mlp_norm, cfg.norm_eps)
+def _layer(p: Layer, x, normed, k_pages, v_pages, ragged: Ragged, next_norm, *, cfg: ModelConfig, spec: LayerSpec, kernels: Kernels):
+    """One layer: x [T, D], the same normed, and the layer's pages -> x with the layer's output added, that with the next
+    layer's norm [D], and the pages with keys and values written."""
+    add_and_norm = partial(linear_norm, kernels=kernels, eps=cfg.norm_eps)
+    seen, k_pages, v_pages = _attention(cfg, spec, p, normed, k_pages, v_pages, ragged, kernels)
+    x, normed = add_and_norm(p.o, seen, residual=x, norm=p.mlp_norm)
     hidden = kernels.gated_mlp(normed, p.gate.weight, p.up.weight, cfg.activation, gate_bias=p.gate.bias, up_bias=p.up.bias)
-    return linear(p.down, hidden, kernels, residual=x), k_pages, v_pages
+    return *add_and_norm(p.down, hidden, residual=x, norm=next_norm), k_pages, v_pages
 
 
 def forward(cfg: ModelConfig, params: Decoder, cache: KVCache, tokens: jax.Array, ragged: Ragged, *,
@@ -110,11 +110,13 @@ def forward(cfg: ModelConfig, params: Decoder, cache: KVCache, tokens: jax.Array
     x = params.embedding[tokens]
     k_cache, v_cache = [], []
     shared = dataclasses.replace(cfg, layers=())  # what all layers have in common: equal ones are one program
-    for spec, p, k_pages, v_pages in zip(cfg.layers, params.layers, cache.k, cache.v, strict=True):
-        x, k_pages, v_pages = _layer(p, x, k_pages, v_pages, ragged, cfg=shared, spec=spec, kernels=kernels)
+    first, *norms = *(p.attention_norm for p in params.layers), params.norm
+    normed = kernels.rms_norm(x, first, cfg.norm_eps)
+    for spec, p, k_pages, v_pages, norm in zip(cfg.layers, params.layers, cache.k, cache.v, norms, strict=True):
+        x, normed, k_pages, v_pages = _layer(p, x, normed, k_pages, v_pages, ragged, norm, cfg=shared, spec=spec, kernels=kernels)
         k_cache.append(k_pages)
         v_cache.append(v_pages)
-    return kernels.rms_norm(x, params.norm, cfg.norm_eps), KVCache(tuple(k_cache), tuple(v_cache))
+    return normed, KVCache(tuple(k_cache), tuple(v_cache))
 
 
 def unembed(cfg: ModelConfig, params: Decoder, hidden: jax.Array, *, kernels: Kernels = REFERENCE) -> jax.Array:

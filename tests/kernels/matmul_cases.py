@@ -102,7 +102,7 @@ def an_activation_without_a_kernel_keeps_the_promise_through_xla(gated_mlp):
 
 
 def every_number_of_rows(matmul, rows):
-    """Three chunks of 1024 and less."""
+    """Four chunks of 640 and less."""
     x, w, *_ = operands(256, k=2112, n=264, seed=9)
     np.testing.assert_array_equal(bits(matmul(x[:rows], w)), bits(matmul(x, w))[:rows])
 

@@ -9,10 +9,11 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
 NAMES = {
     "machine": {"versions", "copy", "xla matmul"},
-    "bits": {"matmul 136x320", "gated silu", "residual", "rows", "attention (64, 3, 16, None, None)", "encoder attention (64, 1, None)",
-             "grouped ([1, 0, 9], 136, 320)"},
+    "bits": {"matmul 136x320", "gated silu", "residual", "several products", "product, residual and norm", "rows",
+             "attention (64, 3, 16, None, None)", "encoder attention (64, 1, None)", "grouped ([1, 0, 9], 136, 320)"},
     "oracle": {"matmul 1x136x320", "rows 576", "attention (64, 3, 16, None, None)", "encoder attention (64, 1, None, None)",
                "grouped matmul ([1, 0, 9], 136, 320)"},
+    "kernels": {"matmul 1x136x320", "tree (1, 136, 320)"},
     "model": {"mosaic decode 1 rows, context 20", "mosaic prefill 24", "mosaic draw everything 2 rows"},
 }
 
