@@ -92,7 +92,8 @@ def _fast(kernels: Kernels) -> Kernels:
     return dataclasses.replace(
         kernels, name=f"{kernels.name}+fast", matmul=fast.matmul, gated_mlp=partial(reference.gated_mlp, product=fast.matmul),
         rms_norm=fast.rms_norm, log_sum_exp=fast.log_sum_exp,
-        tail_sums=fast.tail_sums if kernels.search_ways == 2 else kernels.tail_sums,  # a kernel that reads once for all of a turn stays
+        # a kernel that weighs many thresholds in one pass stays
+        tail_sums=fast.tail_sums if kernels.search_ways == 2 else kernels.tail_sums,
         reasons=kernels.reasons + ("fast: not reproducible, as asked; bits depend on the batch",))
 
 

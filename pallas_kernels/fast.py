@@ -1,7 +1,7 @@
 """Products and sums along a row in plain XLA, each in the order that is fastest for the batch at hand.
 
 What `reproducible=False` runs in place of a reduction tree: bits then depend on the batch. Attention stays the chosen kernels'
-own, since nothing faster was found without its tree (docs/cpu-results.md).
+own, since nothing faster was found without its tree (docs/cpu-results.md); so does Mosaic's `tail_sums`.
 """
 import jax
 import jax.numpy as jnp

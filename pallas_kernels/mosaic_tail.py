@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plmgpu
 from pallas_kernels import compat
 from pallas_kernels.mosaic_rows import LANES, PIECE, _padded
 
-WAYS = 16  # 15 thresholds a turn: on an H200 some 45 instructions for the 8 bytes of an entry, about what it computes while it loads them
+WAYS = 16  # 15 thresholds a turn: some 45 instructions for the 8 bytes of an entry, about what an H200 does while it loads them
 
 
 def piece_length(width: int) -> int:
@@ -45,8 +45,9 @@ def _tail_sums_body(order, *refs, vocab):
     place = start + plmgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
     own = (place >= piece * size) & (place < vocab)  # not of the piece before, not padding
     own_order, own_weight = load(order), jnp.where(own, *((load(weight[0]), 0.0) if weight else (1, 0)))
-    for i in range(thresholds.shape[1]):
-        out[row, piece, i] = jnp.where(own_order >= thresholds[row, i], own_weight, jnp.zeros((), out.dtype)).sum()
+    at_least = [thresholds[row, i] for i in range(thresholds.shape[1])]  # here, since no load moves up over a sum's barriers
+    for i, threshold in enumerate(at_least):
+        out[row, piece, i] = jnp.where(own_order >= threshold, own_weight, jnp.zeros((), out.dtype)).sum()
 
 
 @jax.jit

@@ -116,13 +116,14 @@ def truncate(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.A
     scaled = jnp.where(scaled - top >= jnp.log(min_p)[:, None], scaled, BANNED)
     order = sortable(scaled)
     weight = jnp.exp(scaled - top)
-    by_count = highest(lambda thresholds: kernels.tail_sums(order, None, thresholds) >= top_k[:, None], top_k, kernels.search_ways)[:, None]
+    search = lambda enough: highest(enough, top_k, kernels.search_ways)[:, None]
+    by_count = search(lambda thresholds: kernels.tail_sums(order, None, thresholds) >= top_k[:, None])
 
     def mass(thresholds):  # of what top_k left
         return kernels.tail_sums(order, weight, jnp.maximum(thresholds, by_count))
 
     needed = top_p[:, None] * mass(by_count)
-    by_mass = highest(lambda thresholds: mass(thresholds) >= needed, top_k, kernels.search_ways)[:, None]
+    by_mass = search(lambda thresholds: mass(thresholds) >= needed)
     return jnp.where(order >= jnp.maximum(by_count, by_mass), scaled, BANNED)
 
 

@@ -140,7 +140,7 @@ def test_a_row_draws_the_same_whatever_its_neighbours_need(logits):
 
 
 def awkward_logits():
-    """Rows of V: random, all tied, tied in steps, mostly banned, one left, of either zero, next to one another, of extreme size, NaN."""
+    """Rows of V: random, tied, tied in steps, mostly banned, one left, either zero, neighbours in float32, huge, tiny, one NaN."""
     rng = np.random.default_rng(5)
     x = rng.standard_normal((10, V)).astype(np.float32)
     x[1] = 2.5
@@ -160,9 +160,9 @@ def awkward_logits():
 @pytest.mark.parametrize("m", [0.0, 0.2])
 def test_the_kept_set_is_the_same_in_however_many_parts_the_search_cuts(k, p, m):
     x = awkward_logits()
-    rows = x.shape[0]
-    keep = lambda ways: np.asarray(sampler.truncate(jnp.asarray(x), jnp.full(rows, k), jnp.full(rows, p, jnp.float32), jnp.full(rows, m, jnp.float32),
-                                                    dataclasses.replace(SERVING, search_ways=ways)))
+    limits = (jnp.full(x.shape[0], value) for value in (k, p, m))
+    arguments = jnp.asarray(x), *limits
+    keep = lambda ways: np.asarray(sampler.truncate(*arguments, dataclasses.replace(SERVING, search_ways=ways)))
     halves = keep(2)
     assert np.isfinite(halves[:9]).any(1).all()
     for ways in (4, 16):

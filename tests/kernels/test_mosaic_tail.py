@@ -38,7 +38,8 @@ def test_sums_are_those_of_float64_and_counts_are_exact(width):
     assert counts.dtype == np.int32
     np.testing.assert_array_equal(counts, held.sum(-1))
     # of numbers that are not negative, at most 32 / 8 + 8 + 7 + 2 float32 additions deep
-    np.testing.assert_allclose(sums(order, weight, thresholds), (held * weight[:, None].astype(np.float64)).sum(-1), rtol=32 * 2.0 ** -24)
+    want = (held * weight[:, None].astype(np.float64)).sum(-1)
+    np.testing.assert_allclose(sums(order, weight, thresholds), want, rtol=32 * 2.0 ** -24)
 
 
 @pytest.mark.parametrize("width", [301, 4301])
