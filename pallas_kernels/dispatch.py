@@ -16,7 +16,8 @@ class Kernels:
     rms_norm: Callable     # (x [..., D], weight [D], eps) -> [..., D]
     attend: Callable       # (q, k, v, k_pages, v_pages, ragged, *, scale, window, softcap) -> (out, k_pages, v_pages)
     log_sum_exp: Callable  # (x [..., V]) -> [...]
-    row_sum: Callable      # (x [..., K]) -> [...]
+    tail_sums: Callable    # (order int32 [S, V], weight float32 [S, V] | None, thresholds int32 [S, n]) -> [S, n]
+    search_ways: int       # n + 1 of a search by tail_sums where it is fastest: 2, 4 or 16; the result is the same for all
     attend_bidirectional: Callable  # (q [T, N, H], k, v [T, K, H], starts [S + 1], *, scale, window, softcap) -> [T, N, H]
     grouped_matmul: Callable     # (x [T, K], w [E, N, K], group_sizes [E], *, out_dtype) -> [T, N]
     grouped_gated_mlp: Callable  # (x [T, D], gate [E, F, D], up [E, F, D], group_sizes [E], activation) -> [T, F]
@@ -41,21 +42,21 @@ class Kernels:
 
 # Differentiable: what a model called as a plain function uses.
 REFERENCE = Kernels("reference", reference.matmul, reference.gated_mlp, reference.rms_norm,
-                    partial(reference.attend, static_bound=True), reference.log_sum_exp, reference.row_sum,
+                    partial(reference.attend, static_bound=True), reference.log_sum_exp, reference.tail_sums, 2,
                     partial(reference.attend_bidirectional, static_bound=True), reference.grouped_matmul, reference.grouped_gated_mlp)
 # The same bits for an engine: loops stop at the longest context, and few rows stream the weights.
 _stream = partial(reference.matmul, product=reference.product_of_few_rows)
 SERVING = Kernels("reference", _stream, partial(reference.gated_mlp, product=_stream), reference.rms_norm,
-                  reference.attend, reference.log_sum_exp, reference.row_sum, reference.attend_bidirectional,
+                  reference.attend, reference.log_sum_exp, reference.tail_sums, 2, reference.attend_bidirectional,
                   reference.grouped_matmul, reference.grouped_gated_mlp)
 
 
 @cache
 def _mosaic() -> Kernels:
     """Hopper. Imported when chosen: a CPU never needs it."""
-    from pallas_kernels import mosaic_attention, mosaic_grouped, mosaic_matmul, mosaic_rows
+    from pallas_kernels import mosaic_attention, mosaic_grouped, mosaic_matmul, mosaic_rows, mosaic_tail
     return Kernels("mosaic", mosaic_matmul.matmul, mosaic_matmul.gated_mlp, mosaic_rows.rms_norm, mosaic_attention.attend,
-                   mosaic_rows.log_sum_exp, mosaic_rows.row_sum, mosaic_attention.attend_bidirectional,
+                   mosaic_rows.log_sum_exp, mosaic_tail.tail_sums, mosaic_tail.WAYS, mosaic_attention.attend_bidirectional,
                    mosaic_grouped.grouped_matmul, mosaic_grouped.grouped_gated_mlp,
                    fused_matmuls=mosaic_matmul.matmuls, fused_matmul_norm=mosaic_matmul.matmul_norm)
 
@@ -65,8 +66,8 @@ def _triton() -> Kernels:
     """Ampere and Ada. Imported when chosen, and named nowhere else: jax will drop its Triton backend."""
     from pallas_kernels import triton_attention, triton_matmul, triton_rows
     return Kernels("triton", triton_matmul.matmul, triton_matmul.gated_mlp, triton_rows.rms_norm, triton_attention.attend,
-                   triton_rows.log_sum_exp, triton_rows.row_sum, reference.attend_bidirectional, reference.grouped_matmul,
-                   reference.grouped_gated_mlp)
+                   triton_rows.log_sum_exp, partial(reference.tail_sums, row_sum=triton_rows.row_sum), 2,
+                   reference.attend_bidirectional, reference.grouped_matmul, reference.grouped_gated_mlp)
 
 
 def _capability(value) -> tuple[int, int] | None:
@@ -107,7 +108,9 @@ def _fast(kernels: Kernels) -> Kernels:
     from pallas_kernels import fast
     return dataclasses.replace(
         kernels, name=f"{kernels.name}+fast", matmul=fast.matmul, gated_mlp=partial(reference.gated_mlp, product=fast.matmul),
-        rms_norm=fast.rms_norm, log_sum_exp=fast.log_sum_exp, row_sum=fast.row_sum, fused_matmuls=None, fused_matmul_norm=None,
+        rms_norm=fast.rms_norm, log_sum_exp=fast.log_sum_exp, fused_matmuls=None, fused_matmul_norm=None,
+        # a kernel that weighs many thresholds in one pass stays
+        tail_sums=fast.tail_sums if kernels.search_ways == 2 else kernels.tail_sums,
         reasons=kernels.reasons + ("fast: not reproducible, as asked; bits depend on the batch",))
 
 

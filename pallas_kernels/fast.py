@@ -1,13 +1,13 @@
 """Products and sums along a row in plain XLA, each in the order that is fastest for the batch at hand.
 
 What `reproducible=False` runs in place of a reduction tree: bits then depend on the batch. Attention stays the chosen kernels'
-own, since nothing faster was found without its tree (docs/cpu-results.md).
+own, since nothing faster was found without its tree (docs/cpu-results.md); so does Mosaic's `tail_sums`.
 """
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.reference import precision
+from pallas_kernels import reference
 from pallas_kernels.rounding import add
 
 MOST_FEW_ROWS = 32  # up to here XLA's CPU backend is faster with the weights as the left operand, which it does not pack
@@ -19,7 +19,7 @@ def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, residua
     if rows == 1 and x.dtype != jnp.float32:  # XLA's CPU backend: 10 times slower than two rows
         x = jnp.concatenate([x, x])
     few = 1 < x.shape[0] <= MOST_FEW_ROWS
-    out = lax.dot_general(*((w, x) if few else (x, w)), (((1,), (1,)), ((), ())), precision=precision(x.dtype),
+    out = lax.dot_general(*((w, x) if few else (x, w)), (((1,), (1,)), ((), ())), precision=reference.precision(x.dtype),
                           preferred_element_type=jnp.float32)
     if few:
         out = lax.optimization_barrier(out).T  # without the barrier XLA swaps the operands back
@@ -30,9 +30,9 @@ def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, residua
     return out if residual is None else add(residual, out)
 
 
-def row_sum(x: jax.Array) -> jax.Array:
-    """float32 [..., K] summed over its last axis -> [...]."""
-    return x.sum(-1)
+def tail_sums(order: jax.Array, weight: jax.Array | None, thresholds: jax.Array) -> jax.Array:
+    """As `reference.tail_sums`: of weight [S, V], or the number, where order [S, V] >= each of thresholds [S, n] -> [S, n]."""
+    return reference.tail_sums(order, weight, thresholds, row_sum=lambda x: x.sum(-1))
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

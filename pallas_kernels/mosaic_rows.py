@@ -1,4 +1,4 @@
-"""Sums along a row on Hopper: rms_norm, log_sum_exp, row_sum, in an order that the row's length alone decides.
+"""Sums along a row on Hopper: rms_norm, alone or after a sum, and log_sum_exp, in an order that the row's length alone decides.
 
 The tree. A row of D numbers is cut in pieces of 4096, the last rest in pieces of 2048, 1024 .. 128. In a piece of n,
 each of the 128 lanes of a warpgroup holds the same n / 128 places whatever the row. The pieces' numbers are added into
@@ -56,19 +56,11 @@ def _fold(length, load, start_value, add, nothing=0.0):
     return value
 
 
-def _fold_row(x, row, *how):
-    return _fold(x.shape[1], functools.partial(_load, x, row), *how)
-
-
-def _row_sum_body(x, out):
-    row = lax.axis_index("row")
-    out[row] = _fold_row(x, row, jnp.float32(0), lambda total, piece: total + piece.sum())
-
-
 def _log_sum_exp_body(x, out):
     row = lax.axis_index("row")
-    top = _fold_row(x, row, jnp.float32(-jnp.inf), lambda top, piece: jnp.maximum(top, piece.max()), -jnp.inf)
-    total = _fold_row(x, row, jnp.float32(0), lambda total, piece: total + jnp.exp(piece - top).sum(), -jnp.inf)
+    fold = functools.partial(_fold, x.shape[1], functools.partial(_load, x, row), nothing=-jnp.inf)
+    top = fold(jnp.float32(-jnp.inf), lambda top, piece: jnp.maximum(top, piece.max()))
+    total = fold(jnp.float32(0), lambda total, piece: total + jnp.exp(piece - top).sum())
     out[row] = top + jnp.log(total)
 
 
@@ -122,14 +114,6 @@ def _padded(x, value=0):
 def _call(body, name, out, *operands):
     body.__name__ = name
     return compat.kernel(body, out_type=out, grid=(jax.tree.leaves(out)[0].shape[0],), grid_names=("row",))(*operands)
-
-
-@jax.jit
-def row_sum(x: jax.Array) -> jax.Array:
-    """float32 [..., K] summed over its last axis -> [...], in an order that K alone decides."""
-    rows = _padded(x.astype(jnp.float32))
-    out = jax.ShapeDtypeStruct((rows.shape[0],), jnp.float32)
-    return _call(functools.partial(_row_sum_body), "row_sum", out, rows).reshape(x.shape[:-1])
 
 
 @jax.jit

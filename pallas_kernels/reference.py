@@ -105,6 +105,15 @@ def row_sum(x: jax.Array) -> jax.Array:
     return _product(x.reshape(-1, x.shape[-1]), ones)[:, 0].reshape(x.shape[:-1])
 
 
+def tail_sums(order: jax.Array, weight: jax.Array | None, thresholds: jax.Array, row_sum=row_sum) -> jax.Array:
+    """For each threshold int32 [S, n] the sum of weight float32 [S, V] where order int32 [S, V] >= threshold -> float32 [S, n].
+
+    Without weights their exact number, int32 [S, n]. A lower threshold never gives less, where weights are not negative.
+    """
+    tail = order[:, None] >= thresholds[..., None]
+    return tail.sum(-1, dtype=jnp.int32) if weight is None else row_sum(jnp.where(tail, weight[:, None], 0.0))
+
+
 def row_max(x: jax.Array) -> jax.Array:
     """The largest of each row [..., K] -> [..., 1]."""
     return lax.optimization_barrier(x.max(-1, keepdims=True))

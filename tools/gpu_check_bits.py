@@ -153,10 +153,12 @@ def bits(report):
     import jax.numpy as jnp
     import numpy as np
 
+    from jaxllm.engine.sampler import sortable
     from pallas_kernels import mosaic_attention as ma
     from pallas_kernels import mosaic_grouped as mg
     from pallas_kernels import mosaic_matmul as mm
     from pallas_kernels import mosaic_rows as mr
+    from pallas_kernels.mosaic_tail import tail_sums
     from pallas_kernels.rounding import add
     product = jax.jit(partial(mm.matmul, out_dtype=jnp.float32), static_argnames="split")
     attend = jax.jit(ma.attention, static_argnames=("scale", "window", "softcap", "run"))
@@ -211,8 +213,22 @@ def bits(report):
 
     def row_kernels():
         x, weight = random(3, (9, 4301), "float32"), random(4, (4301,), "float32")
-        return {"differing": sum(equal(f(x[4:5]), f(x)[4:5]) for f in (mr.row_sum, mr.log_sum_exp, lambda x: mr.rms_norm(x, weight, 1e-5)))}
+        return {"differing": sum(equal(f(x[4:5]), f(x)[4:5]) for f in (mr.log_sum_exp, lambda x: mr.rms_norm(x, weight, 1e-5)))}
     report.guard("rows", row_kernels)
+
+    def tails():
+        rows, vocab = (3, 4301) if report.small else (64, 128256)
+        order, weight = sortable(random(5, (rows, vocab), "float32")), jnp.exp(random(6, (rows, vocab), "float32"))
+        at_least = sortable(random(7, (rows, 15), "float32"))
+        differ = 0
+        for weights in (weight, None):
+            own = lambda s: None if weights is None else weights[s]
+            many = tail_sums(order, weights, at_least)
+            differ += equal(tail_sums(order[2:3], own(slice(2, 3)), at_least[2:3]), many[2:3])
+            differ += equal(tail_sums(order, weights, at_least[:, 9:10]), many[:, 9:10])
+        exact = (np.asarray(order)[:, None] >= np.asarray(at_least)[..., None]).sum(-1)
+        return {"differing": differ + int((exact != np.asarray(many)).sum())}
+    report.guard("tails", tails)
 
     def attention(width, group, page, window, softcap):
         n = 150 if report.small else 2000

@@ -1,8 +1,8 @@
 """Logits to tokens: the edits in vLLM's order, the draw with explicit keys, and the model's own logprobs.
 
-Nothing is sorted. top_k and top_p keep the tokens above a threshold that is found by bisection over the 32 bits of a
-float: a count is exact, and a sum of probabilities has the fixed tree of `kernels.row_sum`, so the kept set of a row depends
-on that row alone. Tokens tied at the threshold are kept together.
+Nothing is sorted. top_k and top_p keep the tokens above a threshold that is found by search over the 32 bits of a float, in
+halves or in as many parts as the kernels weigh at once: a count is exact, and a sum of probabilities has the fixed tree of
+`kernels.tail_sums`, so the kept set of a row depends on that row alone. Tokens tied at the threshold are kept together.
 """
 import dataclasses
 
@@ -116,22 +116,15 @@ def truncate(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.A
     scaled = jnp.where(scaled - top >= jnp.log(min_p)[:, None], scaled, BANNED)
     order = sortable(scaled)
     weight = jnp.exp(scaled - top)
+    search = lambda enough: highest(enough, top_k, kernels.search_ways)[:, None]
+    by_count = search(lambda thresholds: kernels.tail_sums(order, None, thresholds) >= top_k[:, None])
 
-    def kept(threshold):
-        return order >= threshold[:, None]
+    def mass(thresholds):  # of what top_k left
+        return kernels.tail_sums(order, weight, jnp.maximum(thresholds, by_count))
 
-    def count_enough(threshold):
-        return kept(threshold).sum(-1, dtype=jnp.int32) >= top_k
-
-    by_count = highest(count_enough, top_k)
-    left = jnp.where(kept(by_count), weight, 0.0)
-    needed = top_p * kernels.row_sum(left)
-
-    def mass_enough(threshold):
-        return kernels.row_sum(jnp.where(kept(threshold), left, 0.0)) >= needed
-
-    threshold = jnp.maximum(by_count, highest(mass_enough, top_k))
-    return jnp.where(kept(threshold), scaled, BANNED)
+    needed = top_p[:, None] * mass(by_count)
+    by_mass = search(lambda thresholds: mass(thresholds) >= needed)
+    return jnp.where(order >= jnp.maximum(by_count, by_mass), scaled, BANNED)
 
 
 def sortable(x: jax.Array) -> jax.Array:
@@ -140,17 +133,19 @@ def sortable(x: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
-def highest(enough, like: jax.Array) -> jax.Array:
-    """The highest int32 [S] at which the falling predicate `enough` still holds, by bisection; the lowest if nowhere."""
-    low = jnp.full_like(like, jnp.iinfo(jnp.int32).min)   # holds, or nothing does
-    high = jnp.full_like(like, jnp.iinfo(jnp.int32).max)  # above every float's order
+def highest(enough, like: jax.Array, ways: int) -> jax.Array:
+    """The highest int32 [S] at which the falling predicate `enough` still holds; the lowest if nowhere.
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        holds = enough(middle)
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+    enough(int32 [S, ways - 1]) -> bool [S, ways - 1]. Each turn cuts what is left in `ways` parts: 2, 4 or 16, so that the
+    32 bits are whole turns. The answer is the same for all of them.
+    """
+    bits = ways.bit_length() - 1
 
-    # A loop would end the CUDA graph of the step: there its 32 turns are written out.
-    search = lambda unroll: lambda *bounds: lax.fori_loop(0, 32, halve, bounds, unroll=unroll)[0]
-    return lax.platform_dependent(low, high, cuda=search(True), default=search(False))
+    def narrow(turn, low):  # `low` holds, or nothing does; sums below wrap around, from the lowest int32 on
+        part = jnp.int32(1) << (32 - bits * (turn + 1))
+        holds = enough(low[:, None] + part * jnp.arange(1, ways, dtype=jnp.int32))
+        return low + part * holds.sum(-1, dtype=jnp.int32)
+
+    # A loop would end the CUDA graph of the step: there its turns are written out.
+    search = lambda unroll: lambda low: lax.fori_loop(0, 32 // bits, narrow, low, unroll=unroll)
+    return lax.platform_dependent(jnp.full_like(like, jnp.iinfo(jnp.int32).min), cuda=search(True), default=search(False))

@@ -13,6 +13,7 @@ from jaxllm.engine.sampler import Features
 from jaxllm.engine.scheduler import Work
 from jaxllm.engine.stop import banned_next
 from jaxllm.sampling_params import SamplingParams
+from pallas_kernels import fast
 from pallas_kernels.dispatch import SERVING
 
 V = 64
@@ -138,16 +139,55 @@ def test_a_row_draws_the_same_whatever_its_neighbours_need(logits):
     assert alone.tokens[0] == crowd.tokens[0]
 
 
+def awkward_logits():
+    """Rows of V: random, tied, tied in steps, mostly banned, one left, either zero, neighbours in float32, huge, tiny, one NaN."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((10, V)).astype(np.float32)
+    x[1] = 2.5
+    x[2] = np.round(x[2])
+    x[3, rng.permutation(V)[:V - 5]] = -np.inf
+    x[4] = np.where(np.arange(V) == 9, -7.0, -np.inf)
+    x[5] = np.where(x[5] > 0, 0.0, -0.0)
+    x[6] = (np.float32(1).view(np.int32) + rng.permutation(V).astype(np.int32)).view(np.float32)
+    x[7] *= np.finfo(np.float32).max / 8
+    x[8] *= np.finfo(np.float32).tiny
+    x[9, 3] = np.nan
+    return x
+
+
+@pytest.mark.parametrize("k", [1, 5, V])
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("m", [0.0, 0.2])
+def test_the_kept_set_is_the_same_in_however_many_parts_the_search_cuts(k, p, m):
+    x = awkward_logits()
+    limits = (jnp.full(x.shape[0], value) for value in (k, p, m))
+    arguments = jnp.asarray(x), *limits
+    keep = lambda ways: np.asarray(sampler.truncate(*arguments, dataclasses.replace(SERVING, search_ways=ways)))
+    halves = keep(2)
+    assert np.isfinite(halves[:9]).any(1).all()
+    for ways in (4, 16):
+        np.testing.assert_array_equal(keep(ways), halves)
+
+
+@pytest.mark.parametrize("ways", [2, 4, 16])
+def test_a_search_ends_at_the_highest_number_that_is_enough(ways):
+    lowest, highest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    ends = jnp.array([lowest, lowest + 1, -1, 0, 1, 0x3F800000, highest - 1, highest], jnp.int32)
+    np.testing.assert_array_equal(sampler.highest(lambda t: t <= ends[:, None], ends, ways), ends)
+    np.testing.assert_array_equal(sampler.highest(lambda t: jnp.zeros(t.shape, bool), ends, ways), jnp.full(8, lowest))
+
+
+@pytest.mark.parametrize("ways", [2, 16])
 @pytest.mark.parametrize("platform, loops", [("cpu", True), ("cuda", False)])
-def test_the_bisection_is_a_loop_except_in_a_cuda_graph(platform, loops):
-    kernels = dataclasses.replace(SERVING, row_sum=lambda x: x.sum(-1))
+def test_the_search_is_a_loop_except_in_a_cuda_graph(platform, loops, ways):
+    kernels = dataclasses.replace(SERVING, tail_sums=fast.tail_sums, search_ways=ways)
     row = lambda dtype: jax.ShapeDtypeStruct((2,), dtype)
     traced = jax.jit(lambda *a: sampler.truncate(*a, kernels)).trace(
         jax.ShapeDtypeStruct((2, V), jnp.float32), row(jnp.int32), row(jnp.float32), row(jnp.float32))
     assert ("stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()) == loops
 
 
-def test_the_bisection_written_out_finds_what_its_loop_finds(logits, monkeypatch):
+def test_the_search_written_out_finds_what_its_loop_finds(logits, monkeypatch):
     arguments = jnp.asarray(logits), jnp.array([V, 3, 10, V]), jnp.array([0.5, 1.0, 0.9, 0.99]), jnp.array([0.0, 0.0, 0.1, 0.01])
     looped = sampler.truncate(*arguments, SERVING)
     monkeypatch.setattr(sampler.lax, "platform_dependent", lambda *a, cuda, default: cuda(*a))

@@ -9,7 +9,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
 NAMES = {
     "machine": {"versions", "copy", "xla matmul"},
-    "bits": {"matmul 136x320", "gated silu", "residual", "several products", "product, residual and norm", "rows",
+    "bits": {"matmul 136x320", "gated silu", "residual", "several products", "product, residual and norm", "rows", "tails",
              "attention (64, 3, 16, None, None)", "encoder attention (64, 1, None)", "grouped ([1, 0, 9], 136, 320)"},
     "oracle": {"matmul 1x136x320", "rows 576", "attention (64, 3, 16, None, None)", "encoder attention (64, 1, None, None)",
                "grouped matmul ([1, 0, 9], 136, 320)"},

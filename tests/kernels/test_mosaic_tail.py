@@ -1,0 +1,94 @@
+"""Sums of a row's tails on Hopper, simulated: exact counts, sums of one order, and a search through them."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.engine import sampler
+from pallas_kernels import mosaic_tail as tail
+from pallas_kernels.dispatch import SERVING
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+LOWEST, HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+WIDTHS = [40, 300, 301, 4301]  # padded to 128; two pieces of 256; padded to 384; padded to 4352, of which the last piece has 205
+
+
+def operands(width, rows=3):
+    """order [rows, width], weight over many binades, and 15 thresholds with the extremes and ties among them."""
+    rng = np.random.default_rng(width)
+    order = rng.integers(LOWEST, HIGHEST, (rows, width), endpoint=True).astype(np.int32)
+    weight = np.exp(4 * rng.standard_normal((rows, width))).astype(np.float32)
+    thresholds = rng.integers(LOWEST, HIGHEST, (rows, 15)).astype(np.int32)
+    thresholds[:, :4] = np.stack([np.full(rows, LOWEST), np.full(rows, HIGHEST), order[:, 7], order.max(1)], 1)
+    return order, weight, thresholds
+
+
+def sums(order, weight, thresholds):
+    return np.asarray(tail.tail_sums(order, weight, thresholds))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_sums_are_those_of_float64_and_counts_are_exact(width):
+    order, weight, thresholds = operands(width)
+    held = order[:, None] >= thresholds[..., None]
+    counts = sums(order, None, thresholds)
+    assert counts.dtype == np.int32
+    np.testing.assert_array_equal(counts, held.sum(-1))
+    # of numbers that are not negative, at most 32 / 8 + 8 + 7 + 2 float32 additions deep
+    want = (held * weight[:, None].astype(np.float64)).sum(-1)
+    np.testing.assert_allclose(sums(order, weight, thresholds), want, rtol=32 * 2.0 ** -24)
+
+
+@pytest.mark.parametrize("width", [301, 4301])
+def test_a_sum_depends_on_its_row_and_threshold_alone(width):
+    order, weight, thresholds = operands(width)
+    want = sums(order, weight, thresholds)
+    np.testing.assert_array_equal(sums(order, weight, thresholds[:, ::-1])[:, ::-1], want)
+    np.testing.assert_array_equal(sums(order[1:2], weight[1:2], thresholds[1:2]), want[1:2])
+    for place in (0, 2, 14):
+        np.testing.assert_array_equal(sums(order, weight, thresholds[:, place:place + 1])[:, 0], want[:, place])
+
+
+def test_pieces_are_summed_alike_and_added_in_ascending_order():
+    order, weight, thresholds = operands(4301)
+    order, weight = (np.pad(a, ((0, 0), (0, 51))) for a in (order, weight))
+    first = sums(order[:, :4096], weight[:, :4096], thresholds)
+    weight[:, :4096] = 0
+    np.testing.assert_array_equal(first + sums(order[:, 256:], weight[:, 256:], thresholds), sums(*operands(4301)))
+
+
+@pytest.mark.parametrize("width", [300, 4301])
+def test_a_lower_threshold_never_gives_less(width):
+    order, weight, _ = operands(width, rows=1)
+    thresholds = np.sort(order[0, np.random.default_rng(0).permutation(width)[:15]])[None]
+    assert (np.diff(sums(order, weight, thresholds)) <= 0).all()
+    # where the terms are too small to count, the sum stays and does not fall
+    tiny = np.where(np.arange(width) == 3, 1, 2.0 ** -26).astype(np.float32)[None]
+    order[0, 3] = HIGHEST
+    got = sums(order, tiny, thresholds)
+    assert (np.diff(got) <= 0).all() and (got >= 1).all()
+
+
+def test_neither_padding_nor_what_lies_below_the_threshold_is_seen(monkeypatch):
+    order, weight, thresholds = operands(301)
+    want = sums(order, weight, thresholds), sums(order, None, thresholds)
+    poison = lambda x: jnp.pad(x, ((0, 0), (0, 83)), constant_values=HIGHEST if x.dtype == jnp.int32 else jnp.nan)
+    monkeypatch.setattr(tail, "_padded", poison)
+    uncached = tail.tail_sums.__wrapped__
+    for got, expected in zip((uncached(order, weight, thresholds), uncached(order, None, thresholds)), want):
+        np.testing.assert_array_equal(np.asarray(got), expected)
+    monkeypatch.undo()
+    above = thresholds[:, 2:3]
+    np.testing.assert_array_equal(sums(order, np.where(order < above, np.nan, weight), above), want[0][:, 2:3])
+
+
+def test_top_k_and_top_p_keep_what_the_reference_keeps():
+    logits = 3 * jax.random.normal(jax.random.key(0), (4, 300)).at[2, 10:].set(-jnp.inf).at[3].set(1.0)
+    limits = jnp.array([300, 40, 20, 300]), jnp.array([0.9, 0.7, 1e-6, 0.5]), jnp.array([0.0, 0.0, 0.0, 0.1])
+    kernels = dataclasses.replace(SERVING, tail_sums=tail.tail_sums, search_ways=tail.WAYS)
+    kept = sampler.truncate(logits, *limits, kernels)
+    np.testing.assert_array_equal(np.asarray(kept), np.asarray(sampler.truncate(logits, *limits, SERVING)))
+    assert 1 < np.isfinite(np.asarray(kept))[0].sum() < 300
