@@ -84,8 +84,7 @@ def _body(x, weights, biases, residual, tiles, *refs, m, widths, k, chunk, group
     def steps_of(c):
         return jnp.minimum(chunk_steps, pl.cdiv(k, TILE_K) - c * chunk_steps)
 
-    @pl.when(group == groups)
-    def _load():
+    def load():
         if groups > 1:
             plmgpu.set_max_registers(40, action="decrease")
 
@@ -96,7 +95,7 @@ def _body(x, weights, biases, residual, tiles, *refs, m, widths, k, chunk, group
             steps = jnp.minimum(last_chunk * chunk_steps, pl.cdiv(k, TILE_K)) - start
             first = first_row(m_tile)
 
-            def load(w, n_tile, s, count):
+            def load_step(w, n_tile, s, count):
                 slot = lax.rem(count, stages)
 
                 @pl.when(count >= stages)
@@ -109,7 +108,7 @@ def _body(x, weights, biases, residual, tiles, *refs, m, widths, k, chunk, group
 
             def load_all(w, n_tile, count):
                 w = w.at[tiles[m_tile + 1, 0]] if grouped else w
-                lax.fori_loop(0, steps, functools.partial(load, w, n_tile), count)
+                lax.fori_loop(0, steps, functools.partial(load_step, w, n_tile), count)
 
             if gated:
                 load_all(weights[1], n_tile, count)
@@ -123,8 +122,7 @@ def _body(x, weights, biases, residual, tiles, *refs, m, widths, k, chunk, group
             plmgpu.barrier_wait(free.at[lax.rem(i, stages)])
         lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
 
-    @pl.when(group < groups)
-    def _compute():
+    def compute():
         if groups > 1:
             plmgpu.set_max_registers(232, action="increase")
         rows = pl.ds(group * ROWS, ROWS)
@@ -198,6 +196,9 @@ def _body(x, weights, biases, residual, tiles, *refs, m, widths, k, chunk, group
 
         lax.fori_loop(0, mine, item_products, jnp.int32(0))
         plmgpu.wait_smem_to_gmem(0)
+
+    # One branch with two arms: what moves registers from one role to the other wants each role in an arm of its own.
+    lax.cond(group < groups, compute, load)
 
 
 # A function of its own, so that a program of many layers lowers each distinct kernel once.

@@ -162,6 +162,8 @@ def compiled(name: str, function, arguments, static=None, *, step=False, layers=
     if spilled := ([kernel for kernel in mosaic if kernel["spill_bytes"] > allowed]
                    + [kernel for kernel in triton + report["xla_kernels"] if kernel["spill_bytes"]]):
         faults.append(f"spills: {spilled}")
+    if losses := compiler_log.losses(log[0]):
+        faults.append(f"slow: {losses}")
     if memory.temp_size_in_bytes > MOST_TEMPORARIES:
         faults.append(f"{memory.temp_size_in_bytes / 2 ** 30:.2f} GiB of temporaries, the limit is 1")
     if memory.alias_size_in_bytes < donated:

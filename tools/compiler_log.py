@@ -105,6 +105,11 @@ def ptxas(log: str) -> list[dict]:
     return found
 
 
+def losses(log: str) -> list[str]:
+    """What ptxas calls a loss of performance: a wgmma that waits for the one before, registers that do not change hands."""
+    return re.findall(r"Potential Performance Loss: ([^\n]*)", log)
+
+
 @dataclasses.dataclass(frozen=True)
 class Thunk:
     """One line of a program's thunk sequence."""

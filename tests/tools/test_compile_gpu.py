@@ -116,6 +116,7 @@ def test_a_sound_program_is_reported_whole(tmp_path, hlo):
     (dict(error=ValueError("no such instruction")), "no such instruction"),
     (dict(log=PTXAS.format(spilled=8, xla_spilled=0)), "spills: [{'kernel': 'rms_norm'"),
     (dict(log=PTXAS.format(spilled=0, xla_spilled=8)), "spills: [{'kernel': 'loop_pad_fusion_1'"),
+    (dict(log="ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored\n" + SAID), "slow: [\"'setmaxnreg' ignored"),
     (dict(log=SAID.replace("'loop_pad_fusion_2'", "'another'")), "ptxas says nothing of the kernel loop_pad_fusion_2"),
     (dict(temporaries=(1 << 30) + 1), "GiB of temporaries"),
     (dict(donated=7, aliased=5), "2 bytes of the donated buffers are copied"),
