@@ -3,6 +3,8 @@
 What `reproducible=False` runs in place of a reduction tree: bits then depend on the batch. Attention stays the chosen kernels'
 own, since nothing faster was found without its tree (docs/cpu-results.md); so does Mosaic's `tail_sums`.
 """
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,6 +12,7 @@ from jax import lax
 from pallas_kernels import reference
 from pallas_kernels.rounding import add
 
+LAST_SUM = partial(jnp.sum, axis=-1)
 MOST_FEW_ROWS = 32  # up to here XLA's CPU backend is faster with the weights as the left operand, which it does not pack
 
 
@@ -32,7 +35,7 @@ def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, residua
 
 def tail_sums(order: jax.Array, weight: jax.Array | None, thresholds: jax.Array) -> jax.Array:
     """As `reference.tail_sums`: of weight [S, V], or the number, where order [S, V] >= each of thresholds [S, n] -> [S, n]."""
-    return reference.tail_sums(order, weight, thresholds, row_sum=lambda x: x.sum(-1))
+    return reference.tail_sums(order, weight, thresholds, row_sum=LAST_SUM, count=LAST_SUM)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

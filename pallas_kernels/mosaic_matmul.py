@@ -39,7 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plmgpu
 
 from pallas_kernels import compat, mosaic_rows, reference
 from pallas_kernels.rounding import add, rounded
-from pallas_kernels.tree import ACTIVATIONS, chunk_length
+from pallas_kernels.tree import ACTIVATIONS, added, chunk_length
 
 ROWS = 64       # rows of one wgmma
 TILE_N = 128    # columns of one wgmma: m64n128k16, the only shape used
@@ -275,9 +275,7 @@ def first_tiles(widths) -> list[int]:
 
 def sum_of_parts(parts, rows: int, columns: int, bias, dtype):
     """float32 [chunks, M.., N..] added left to right, then the bias [N] or None -> [rows, columns] in dtype."""
-    out, *rest = (parts[chunk, :rows, :columns] for chunk in range(parts.shape[0]))
-    for part in rest:
-        out = out + part
+    out = added(parts[:, :rows, :columns])
     if bias is not None:
         out = out + bias.astype(jnp.float32)
     return rounded(out, dtype)

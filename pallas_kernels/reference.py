@@ -18,6 +18,7 @@ from jax import lax
 
 from pallas_kernels.ragged import Ragged, deal, rows_at, starts_of
 from pallas_kernels.rounding import add, rounded
+from pallas_kernels.tree import added
 
 SPLIT = 128        # tokens of context in one split; a multiple of every page size in use
 QUERY_TILE = 32    # query tokens of one sequence that share a gather of its pages, and rows that share an expert's weights
@@ -105,13 +106,30 @@ def row_sum(x: jax.Array) -> jax.Array:
     return _product(x.reshape(-1, x.shape[-1]), ones)[:, 0].reshape(x.shape[:-1])
 
 
-def tail_sums(order: jax.Array, weight: jax.Array | None, thresholds: jax.Array, row_sum=row_sum) -> jax.Array:
+def lane_sum(x: jax.Array) -> jax.Array:
+    """float32 or int32 [..., K] summed over its last axis -> [...], for long rows: every addition is written out, in an order
+    that K alone decides.
+
+    8192 lanes, or the power of two that holds the row: each adds its places, ascending; then 32 lanes become one, until one is
+    left. On a CPU a search for top_k and top_p among 49152 takes 0.1 (one row) to 0.3 (64 rows) of the time that it takes
+    with `row_sum`, which writes the row first, and XLA's sum of integers, which adds one by one.
+    """
+    lanes = min(8192, 1 << (x.shape[-1] - 1).bit_length())
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % lanes)])
+    while x.shape[-1] > 1:
+        x = lax.optimization_barrier(added(jnp.moveaxis(x.reshape(*x.shape[:-1], -1, lanes), -2, 0)))
+        lanes = max(1, lanes // 32)
+    return x[..., 0]
+
+
+def tail_sums(order: jax.Array, weight: jax.Array | None, thresholds: jax.Array, *, row_sum=lane_sum,
+              count=lane_sum) -> jax.Array:
     """For each threshold int32 [S, n] the sum of weight float32 [S, V] where order int32 [S, V] >= threshold -> float32 [S, n].
 
     Without weights their exact number, int32 [S, n]. A lower threshold never gives less, where weights are not negative.
     """
     tail = order[:, None] >= thresholds[..., None]
-    return tail.sum(-1, dtype=jnp.int32) if weight is None else row_sum(jnp.where(tail, weight[:, None], 0.0))
+    return count(tail.astype(jnp.int32)) if weight is None else row_sum(jnp.where(tail, weight[:, None], 0.0))
 
 
 def row_max(x: jax.Array) -> jax.Array:

@@ -21,6 +21,14 @@ def chunk_length(k: int) -> int:
     return max(256, -(-k // 512) * 128)
 
 
+def added(parts):
+    """parts [n, ...] added in ascending order, each addition written out: a sum of XLA's may be in another."""
+    total = parts[0]
+    for part in range(1, parts.shape[0]):
+        total = total + parts[part]
+    return total
+
+
 def merged(state, own, across):
     """The state (top, total, acc) of a context followed by one more split: the one place where splits are put together.
 

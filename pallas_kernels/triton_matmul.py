@@ -31,7 +31,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels import compat, reference
 from pallas_kernels.rounding import add, rounded
-from pallas_kernels.tree import ACTIVATIONS, chunk_length
+from pallas_kernels.tree import ACTIVATIONS, added, chunk_length
 
 SMS = 108  # of an A100: decides between schedules, no part of the tree
 
@@ -153,10 +153,7 @@ def _matmul(x, w, bias, out_dtype, split):
         split = wants_split(x.shape[0], *w.shape)
     if not split:
         return _call(x, [w], [] if bias is None else [bias], out_dtype, split=False)
-    parts = _call(x, [w], [], jnp.float32, split=True)
-    out = parts[0]
-    for chunk in range(1, parts.shape[0]):
-        out = out + parts[chunk]
+    out = added(_call(x, [w], [], jnp.float32, split=True))
     if bias is not None:
         out = out + bias.astype(jnp.float32)
     return rounded(out, out_dtype)

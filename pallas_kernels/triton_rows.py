@@ -1,4 +1,4 @@
-r"""Sums along a row on Ampere and Ada: rms_norm, log_sum_exp, row_sum, in an order that the row's length alone decides.
+r"""Sums along a row on Ampere and Ada: rms_norm, log_sum_exp, tail_sums, in an order that the row's length alone decides.
 
 The tree. A row is cut in pieces of `_piece(D)` places; the numbers at one place are added over the pieces, ascending; the
 places are then summed once, in the one way that Triton has for so many places and warps.
@@ -7,7 +7,8 @@ places are then summed once, in the one way that Triton has for so many places a
     places    p0          +   p1         +   p2                a float32 for each place; then one sum over the places
 
 Grid and memory. One block for each row, from device memory straight to registers. The number of rows is the grid's size
-and nothing else, so a row's bits cannot depend on it.
+and nothing else, so a row's bits cannot depend on it. `tail_sums` has a block for each row and piece; XLA adds the pieces' sums,
+ascending.
 """
 import functools
 
@@ -18,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels import compat
+from pallas_kernels.tree import added
 
 
 def _piece(width):
@@ -26,11 +28,12 @@ def _piece(width):
 
 
 def _load(ref, row, start, other=0.0):
-    """float32 [piece], from `start`, of a row of ref [rows, width], or of ref [width] where row is ()."""
+    """[piece] as float32 or int32, from `start`, of a row of ref [rows, width], or of ref [width] where row is ()."""
     width = ref.shape[-1]
     piece = _piece(width)
     mask = start + jnp.arange(piece) < width if width % piece else None
-    return pltriton.load(ref.at[(*row, pl.ds(start, piece))], mask=mask, other=None if mask is None else other).astype(jnp.float32)
+    value = pltriton.load(ref.at[(*row, pl.ds(start, piece))], mask=mask, other=None if mask is None else other)
+    return value if value.dtype == jnp.int32 else value.astype(jnp.float32)
 
 
 def _fold(ref, start_value, add, other=0.0):
@@ -42,8 +45,17 @@ def _fold(ref, start_value, add, other=0.0):
                          jnp.full((piece,), start_value, jnp.float32))
 
 
-def _row_sum_body(x, out):
-    out[pl.program_id(0)] = _fold(x, 0.0, lambda total, piece: total + piece).sum()
+def _tail_sums_body(order, *refs):
+    *weight, thresholds, out = refs
+    row, piece = pl.program_id(0), pl.program_id(1)
+    start = piece * _piece(order.shape[1])
+    own_order = _load(order, (row,), start, 0)
+    if weight:
+        own_weight = _load(weight[0], (row,), start)
+    else:
+        own_weight = (start + jnp.arange(own_order.shape[0]) < order.shape[1]).astype(jnp.int32)
+    for i in range(thresholds.shape[1]):
+        out[row, piece, i] = jnp.where(own_order >= thresholds[row, i], own_weight, 0).sum()
 
 
 def _log_sum_exp_body(x, out):
@@ -64,18 +76,24 @@ def _rms_norm_body(x, weight, out, *, eps):
     lax.fori_loop(0, pl.cdiv(width, piece), store, None)
 
 
-def _call(body, out, rows, *operands):
+def _call(body, out, rows, *operands, pieces=()):
     warps = max(1, min(8, _piece(rows.shape[1]) // 256))
-    return pl.pallas_call(body, out_shape=out, grid=(rows.shape[0],),
+    return pl.pallas_call(body, out_shape=out, grid=(rows.shape[0], *pieces),
                           compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=1))(rows, *operands)
 
 
 @jax.jit
-def row_sum(x: jax.Array) -> jax.Array:
-    """float32 [..., K] summed over its last axis -> [...], in an order that K alone decides."""
-    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    out = jax.ShapeDtypeStruct((rows.shape[0],), jnp.float32)
-    return _call(compat.named("row_sum", _row_sum_body), out, rows).reshape(x.shape[:-1])
+def tail_sums(order: jax.Array, weight: jax.Array | None, thresholds: jax.Array) -> jax.Array:
+    """For each threshold int32 [S, n] the sum of weight float32 [S, V] where order int32 [S, V] >= threshold -> float32 [S, n].
+
+    Without weights their exact number, int32 [S, n]. Weights are not negative. A sum's order is decided by V alone.
+    """
+    rows, width = order.shape
+    pieces = pl.cdiv(width, _piece(width))
+    out = jax.ShapeDtypeStruct((rows, pieces, thresholds.shape[1]), jnp.int32 if weight is None else jnp.float32)
+    name = "tail_counts" if weight is None else "tail_sums"
+    operands = [a for a in (weight, thresholds) if a is not None]
+    return added(_call(compat.named(name, _tail_sums_body), out, order, *operands, pieces=(pieces,)).swapaxes(0, 1))
 
 
 @jax.jit

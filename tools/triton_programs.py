@@ -25,7 +25,9 @@ def programs(array):
     for width in (64, 576, 4096, 5000):
         yield f"rms_norm {width}", partial(tr.rms_norm, eps=1e-5), (array((64, width), bf16), array((width,), bf16))
     yield "log_sum_exp", tr.log_sum_exp, (array((64, 128256), f32),)
-    yield "row_sum", tr.row_sum, (array((64, 896), f32),)
+    for vocab in (128256, 50257):
+        yield f"tail_sums {vocab}", tr.tail_sums, (array((64, vocab), i32), array((64, vocab), f32), array((64, 15), i32))
+        yield f"tail_counts {vocab}", lambda order, at_least: tr.tail_sums(order, None, at_least), (array((64, vocab), i32), array((64, 15), i32))
     pages = array((512, 16, 3, 64), bf16)
     yield "write_kv", ta.write_kv, (pages, pages, array((13, 3, 64), bf16), array((13, 3, 64), bf16), array((13,), i32))
     for width, group, page, window, softcap, dtype in (

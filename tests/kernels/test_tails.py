@@ -1,5 +1,7 @@
-"""Sums of a row's tails on Hopper, simulated: exact counts, sums of one order, and a search through them."""
+"""Sums of a row's tails, of every implementation: exact counts, sums of one order, and a search through them."""
+import contextlib
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +9,12 @@ import numpy as np
 import pytest
 
 from jaxllm.engine import sampler
-from pallas_kernels import mosaic_tail as tail
-from pallas_kernels.dispatch import SERVING
-
-pytestmark = pytest.mark.usefixtures("interpreted")
+from pallas_kernels import compat
+from pallas_kernels.dispatch import SERVING, WAYS
 
 LOWEST, HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
-WIDTHS = [40, 300, 301, 4301]  # padded to 128; two pieces of 256; padded to 384; padded to 4352, of which the last piece has 205
+WIDTHS = [40, 300, 301, 4301]  # for Mosaic padded to 128; two pieces of 256; padded to 384; padded to 4352, the last piece has 205
+KERNELS = {"reference": contextlib.nullcontext, "mosaic_tail": compat.interpreting, "triton_rows": compat.interpreting_triton}
 
 
 def operands(width, rows=3):
@@ -26,12 +27,22 @@ def operands(width, rows=3):
     return order, weight, thresholds
 
 
-def sums(order, weight, thresholds):
-    return np.asarray(tail.tail_sums(order, weight, thresholds))
+@pytest.fixture(params=KERNELS)
+def tail_sums(request):
+    """A kernel's `tail_sums`, simulated where it is one for a card."""
+    if request.param == "triton_rows" and (reason := compat.no_triton()):
+        pytest.skip(reason)
+    with KERNELS[request.param]():
+        yield importlib.import_module(f"pallas_kernels.{request.param}").tail_sums
+
+
+@pytest.fixture
+def sums(tail_sums):
+    return lambda *operands: np.asarray(tail_sums(*operands))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_sums_are_those_of_float64_and_counts_are_exact(width):
+def test_sums_are_those_of_float64_and_counts_are_exact(sums, width):
     order, weight, thresholds = operands(width)
     held = order[:, None] >= thresholds[..., None]
     counts = sums(order, None, thresholds)
@@ -43,7 +54,7 @@ def test_sums_are_those_of_float64_and_counts_are_exact(width):
 
 
 @pytest.mark.parametrize("width", [301, 4301])
-def test_a_sum_depends_on_its_row_and_threshold_alone(width):
+def test_a_sum_depends_on_its_row_and_threshold_alone(sums, width):
     order, weight, thresholds = operands(width)
     want = sums(order, weight, thresholds)
     np.testing.assert_array_equal(sums(order, weight, thresholds[:, ::-1])[:, ::-1], want)
@@ -52,16 +63,19 @@ def test_a_sum_depends_on_its_row_and_threshold_alone(width):
         np.testing.assert_array_equal(sums(order, weight, thresholds[:, place:place + 1])[:, 0], want[:, place])
 
 
-def test_pieces_are_summed_alike_and_added_in_ascending_order():
+def test_pieces_of_4096_are_summed_alike_and_added_in_ascending_order():
+    from pallas_kernels.mosaic_tail import tail_sums
     order, weight, thresholds = operands(4301)
-    order, weight = (np.pad(a, ((0, 0), (0, 51))) for a in (order, weight))
-    first = sums(order[:, :4096], weight[:, :4096], thresholds)
-    weight[:, :4096] = 0
-    np.testing.assert_array_equal(first + sums(order[:, 256:], weight[:, 256:], thresholds), sums(*operands(4301)))
+    with compat.interpreting():
+        want = tail_sums(order, weight, thresholds)
+        order, weight = (np.pad(a, ((0, 0), (0, 51))) for a in (order, weight))
+        first = tail_sums(order[:, :4096], weight[:, :4096], thresholds)
+        weight[:, :4096] = 0
+        np.testing.assert_array_equal(first + tail_sums(order[:, 256:], weight[:, 256:], thresholds), want)
 
 
 @pytest.mark.parametrize("width", [300, 4301])
-def test_a_lower_threshold_never_gives_less(width):
+def test_a_lower_threshold_never_gives_less(sums, width):
     order, weight, _ = operands(width, rows=1)
     thresholds = np.sort(order[0, np.random.default_rng(0).permutation(width)[:15]])[None]
     assert (np.diff(sums(order, weight, thresholds)) <= 0).all()
@@ -72,23 +86,28 @@ def test_a_lower_threshold_never_gives_less(width):
     assert (np.diff(got) <= 0).all() and (got >= 1).all()
 
 
-def test_neither_padding_nor_what_lies_below_the_threshold_is_seen(monkeypatch):
+def test_what_lies_below_the_threshold_is_not_seen(sums):
     order, weight, thresholds = operands(301)
-    want = sums(order, weight, thresholds), sums(order, None, thresholds)
-    poison = lambda x: jnp.pad(x, ((0, 0), (0, 83)), constant_values=HIGHEST if x.dtype == jnp.int32 else jnp.nan)
-    monkeypatch.setattr(tail, "_padded", poison)
-    uncached = tail.tail_sums.__wrapped__
-    for got, expected in zip((uncached(order, weight, thresholds), uncached(order, None, thresholds)), want):
-        np.testing.assert_array_equal(np.asarray(got), expected)
-    monkeypatch.undo()
     above = thresholds[:, 2:3]
-    np.testing.assert_array_equal(sums(order, np.where(order < above, np.nan, weight), above), want[0][:, 2:3])
+    np.testing.assert_array_equal(sums(order, np.where(order < above, np.nan, weight), above), sums(order, weight, above))
 
 
-def test_top_k_and_top_p_keep_what_the_reference_keeps():
+def test_padding_is_not_seen_by_the_mosaic_kernel(monkeypatch):
+    from pallas_kernels import mosaic_tail
+    order, weight, thresholds = operands(301)
+    with compat.interpreting():
+        want = mosaic_tail.tail_sums(order, weight, thresholds), mosaic_tail.tail_sums(order, None, thresholds)
+        poison = lambda x: jnp.pad(x, ((0, 0), (0, 83)), constant_values=HIGHEST if x.dtype == jnp.int32 else jnp.nan)
+        monkeypatch.setattr(mosaic_tail, "_padded", poison)
+        uncached = mosaic_tail.tail_sums.__wrapped__
+        for got, expected in zip((uncached(order, weight, thresholds), uncached(order, None, thresholds)), want):
+            np.testing.assert_array_equal(np.asarray(got), expected)
+
+
+def test_top_k_and_top_p_keep_what_the_reference_keeps(tail_sums):
     logits = 3 * jax.random.normal(jax.random.key(0), (4, 300)).at[2, 10:].set(-jnp.inf).at[3].set(1.0)
     limits = jnp.array([300, 40, 20, 300]), jnp.array([0.9, 0.7, 1e-6, 0.5]), jnp.array([0.0, 0.0, 0.0, 0.1])
-    kernels = dataclasses.replace(SERVING, tail_sums=tail.tail_sums, search_ways=tail.WAYS)
+    kernels = dataclasses.replace(SERVING, tail_sums=tail_sums, search_ways=WAYS)
     kept = sampler.truncate(logits, *limits, kernels)
     np.testing.assert_array_equal(np.asarray(kept), np.asarray(sampler.truncate(logits, *limits, SERVING)))
     assert 1 < np.isfinite(np.asarray(kept))[0].sum() < 300
