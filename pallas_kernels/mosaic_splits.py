@@ -172,10 +172,13 @@ def _attention_body(q, k_in, v_in, table, meta, *refs, group_size, heads_first, 
             if causal or window is not None:
                 # One number a row: of one an element the compiler holds nine a thread, not two, and head_dim 256 spills.
                 row = plmgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1)) + (row_group * ROWS + offset)
-                own_position = _across(lax.div(row, group_size) + (position - i * split), score)
-            visible = seen_position <= (own_position if causal else rest)
+                own_position = lax.div(row, group_size) + (position - i * split)
+            if not causal and window is None:
+                visible = seen_position <= rest
+            else:
+                visible = seen_position <= _across(own_position if causal else jnp.minimum(own_position + window, rest), score)
             if window is not None:
-                visible &= seen_position > own_position - window if causal else jnp.abs(seen_position - own_position) <= window
+                visible &= seen_position >= _across(own_position - window + causal, score)
             score = jnp.where(visible, score, MASKED)
             top = score.max(axis=1)
             # A row that sees nothing of this split has top == MASKED, and exp(MASKED - MASKED) would be one, not zero.
