@@ -86,10 +86,9 @@ def refusal(head_dim: int, dtype, page_size: int, group: int = 1) -> str | None:
     return None
 
 
-def _prefill_rows(width, window, softcap):
-    """Rows of a prefill's tile: 128, two groups that share the loads of k and v, where registers allow it without a spill."""
-    tight = width in (96, 128) and (width == 96 or window is not None) or window is not None and softcap is not None
-    return ROWS if width > 128 or tight else 2 * ROWS
+def _prefill_rows(width):
+    """Rows of a prefill's tile: two groups of 64 that share the loads of k and v, but where a tile takes a group for each half of v."""
+    return 2 * ROWS if width <= 128 else ROWS
 
 
 def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragged, *, scale: float, window: int | None = None,
@@ -105,7 +104,7 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
     options = dict(scale=scale, window=window, softcap=softcap)
     if ragged.query_start is None:
         return _decode(q, k_pages, v_pages, ragged, run, **options)
-    return _prefill(q, k_pages, v_pages, ragged, _prefill_rows(q.shape[2], window, softcap), **options)
+    return _prefill(q, k_pages, v_pages, ragged, _prefill_rows(q.shape[2]), **options)
 
 
 def attend(q, k, v, k_pages, v_pages, ragged: Ragged, **options):
@@ -128,7 +127,7 @@ def attend_bidirectional(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.A
     reason = refusal(width, q.dtype, PACKED, group)
     if reason or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(reason or f"queries are {q.dtype}, keys {k.dtype} and values {v.dtype}: mosaic attention takes one dtype")
-    rows = _prefill_rows(width, window, softcap)
+    rows = _prefill_rows(width)
     tiles, dealt = _dealt(q, starts, kv_heads, rows)
     # TMA addresses every eighth row: keys and values are dealt too, so that each sequence begins at one.
     packed = deal(starts, tokens, PACKED)

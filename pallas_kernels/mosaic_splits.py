@@ -109,8 +109,8 @@ def _attention_body(q, k_in, v_in, table, meta, *refs, group_size, heads_first, 
     def rows_of(ref, rows):
         return ref.at[tile, head, rows] if heads_first else ref.at[tile, rows, head]
 
-    @pl.when((group == groups) & (end > begin))
-    def _load():
+    def load():
+        # Also in a block that has no splits: the computing groups wait until these registers are given up.
         if groups > 1:
             plmgpu.set_max_registers(32, action="decrease")
 
@@ -141,8 +141,7 @@ def _attention_body(q, k_in, v_in, table, meta, *refs, group_size, heads_first, 
             plmgpu.barrier_wait(v_free.at[slot])
         lax.fori_loop(jnp.maximum(end - stages, begin), end, drain, None)
 
-    @pl.when(group < groups)
-    def _compute():
+    def compute():
         if groups > 1:
             plmgpu.set_max_registers(240, action="increase")
         row_group, column_group = lax.div(group, column_groups), lax.rem(group, column_groups)
@@ -156,7 +155,7 @@ def _attention_body(q, k_in, v_in, table, meta, *refs, group_size, heads_first, 
         plmgpu.barrier_wait(q_full.at[row_group])
 
         def one_split(i):
-            slot = lax.rem(i - begin, stages)
+            slot, rest = lax.rem(i - begin, stages), last - i * split
             plmgpu.barrier_wait(k_full.at[slot])
 
             def scores(acc):
@@ -168,13 +167,18 @@ def _attention_body(q, k_in, v_in, table, meta, *refs, group_size, heads_first, 
                 # softcap * tanh(x / softcap), by exp2 because the hardware's own tanh has 11 bits
                 score = (1.0 - 2.0 / (1.0 + jnp.exp2(score * (2.0 / softcap)))) * (softcap * LOG2E)
             layout = plmgpu.Layout.WGMMA
-            row = plmgpu.broadcasted_iota(jnp.int32, (ROWS, split), 0, layout=layout) + (row_group * ROWS + offset)
             # Positions count from the split's start: what differs by column is then known when the kernel is compiled.
-            own_position = lax.div(row, group_size) + (position - i * split)
             seen_position = plmgpu.broadcasted_iota(jnp.int32, (ROWS, split), 1, layout=layout)
-            visible = seen_position <= (own_position if causal else last - i * split)
+            if causal or window is not None:
+                # One number a row: of one an element the compiler holds nine a thread, not two, and head_dim 256 spills.
+                row = plmgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout.reduce(1)) + (row_group * ROWS + offset)
+                own_position = lax.div(row, group_size) + (position - i * split)
+            if not causal and window is None:
+                visible = seen_position <= rest
+            else:
+                visible = seen_position <= _across(own_position if causal else jnp.minimum(own_position + window, rest), score)
             if window is not None:
-                visible &= seen_position > own_position - window if causal else jnp.abs(seen_position - own_position) <= window
+                visible &= seen_position >= _across(own_position - window + causal, score)
             score = jnp.where(visible, score, MASKED)
             top = score.max(axis=1)
             # A row that sees nothing of this split has top == MASKED, and exp(MASKED - MASKED) would be one, not zero.
@@ -183,13 +187,13 @@ def _attention_body(q, k_in, v_in, table, meta, *refs, group_size, heads_first, 
             p_smem[group] = p.astype(p_smem.dtype)
             plmgpu.barrier_wait(v_full.at[slot])
 
-            @pl.when((i + 1) * split > last + 1)
+            @pl.when(rest < split - 1)
             def _():
                 # What lies past the row's end was never written: 0 * NaN would be NaN.
                 def clear(part):
                     tokens = pl.ds(part * ROWS, ROWS)
                     v = plmgpu.load(v_smem.at[slot, tokens, along_v], layout=layout)
-                    written = plmgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=layout) <= last - i * split - part * ROWS
+                    written = plmgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=layout) <= rest - part * ROWS
                     v_smem[slot, tokens, along_v] = jnp.where(written, v, jnp.zeros_like(v))
                 for part in range(split // ROWS):
                     clear(part)
@@ -225,6 +229,9 @@ def _attention_body(q, k_in, v_in, table, meta, *refs, group_size, heads_first, 
             plmgpu.commit_smem()
             plmgpu.copy_smem_to_gmem(out_smem.at[group], rows_of(out, rows).at[:, along_v])
         plmgpu.wait_smem_to_gmem(0)
+
+    # One branch with two arms, not two branches: nothing that `compute` needs lives through `load` and its 32 registers.
+    lax.cond(group < groups, compute, load)
 
 
 def _merge_body(acc_parts, stats_parts, meta, out, acc_smem, stats_smem, out_smem, full, *, split, stages, column_groups, window, causal):

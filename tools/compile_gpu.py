@@ -10,9 +10,8 @@ for greedy rows, random rows and rows that want everything at once, `score` for 
 Reports for each program seconds, temporaries, aliased bytes and launches, with those of one layer by name; for each kernel
 registers, spilled bytes and shared memory; of XLA's own kernels the most, each with --format json. A kernel that asks for more
 shared memory than a block may have does not compile.
-Exit status 1 on: a compile error, a spill (but for KNOWN_SPILLS), a donated buffer that is copied, a weight that is copied or
-padded inside a step, more than 1 GiB of temporaries, an engine program that is not one command buffer, or a compiler whose
-reports cannot be read.
+Exit status 1 on: a compile error, a spill, a donated buffer that is copied, a weight that is copied or padded inside a step,
+more than 1 GiB of temporaries, an engine program that is not one command buffer, or a compiler whose reports cannot be read.
 """
 import argparse
 import concurrent.futures
@@ -64,7 +63,6 @@ SHAPES = {  # width, mlp_width, heads, kv_heads, head_dim, layers, vocabulary, t
     "qwen2.5-0.5b": (896, 4864, 14, 2, 64, 24, 151936, True, True),
     "smollm2-135m": (576, 1536, 9, 3, 64, 30, 49152, True, False),
 }
-KNOWN_SPILLS = {"H=256": 32}  # bytes, by a part of the program's name: open faults (docs/kernels.md) that may not grow
 MOST_TEMPORARIES = 1 << 30
 FEWEST_IN_GRAPH = 5  # launches: XLA makes no command buffer of fewer
 ROWS, TOKENS, SCORED = (1, 64, 256), (16, 2048, 8192), 2048  # buckets compiled by default; hidden states that are scored
@@ -158,9 +156,7 @@ def compiled(name: str, function, arguments, static=None, *, step=False, layers=
     except Exception as error:  # noqa: BLE001  whatever it was, it is no clean report
         faults.append(f"the compiler's report cannot be read: {type(error).__name__}: {error}")
         return report
-    allowed = next((most for part, most in KNOWN_SPILLS.items() if part in name), 0)
-    if spilled := ([kernel for kernel in mosaic if kernel["spill_bytes"] > allowed]
-                   + [kernel for kernel in triton + report["xla_kernels"] if kernel["spill_bytes"]]):
+    if spilled := [kernel for kernel in report["kernels"] + report["xla_kernels"] if kernel["spill_bytes"]]:
         faults.append(f"spills: {spilled}")
     if losses := compiler_log.losses(log[0]):
         faults.append(f"slow: {losses}")

@@ -175,14 +175,6 @@ def test_each_fault_of_a_triton_kernel_is_found(tmp_path, change, fault):
     assert len(report["faults"]) == 1 and fault in report["faults"][0], report["faults"]
 
 
-def test_a_known_spill_is_one_of_mosaic_alone(tmp_path, hlo, monkeypatch):
-    monkeypatch.setattr(compile_gpu, "KNOWN_SPILLS", {"forward": 16})
-    assert judged(tmp_path, hlo, log=PTXAS.format(spilled=8, xla_spilled=0))["faults"] == []
-    assert "spills" in judged(tmp_path, hlo, log=PTXAS.format(spilled=0, xla_spilled=8))["faults"][0]
-    spilled = TRITON_SAID.replace("0 bytes spill stores", "4 bytes spill stores", 1)
-    assert "spills" in judged(tmp_path, TRITON, sequence=TRITON_SEQUENCE, log=spilled)["faults"][0]
-
-
 def test_a_few_launches_outside_a_graph_are_no_fault_and_a_loop_is(tmp_path, hlo):
     few = "".join(line[4:] for line in SEQUENCE.splitlines(keepends=True)[1:3])
     assert judged(tmp_path, hlo, sequence=few)["faults"] == []
