@@ -10,8 +10,9 @@ for greedy rows, random rows and rows that want everything at once, `score` for 
 Reports for each program seconds, temporaries, aliased bytes and launches, with those of one layer by name; for each kernel
 registers, spilled bytes and shared memory; of XLA's own kernels the most, each with --format json. A kernel that asks for more
 shared memory than a block may have does not compile.
-Exit status 1 on: a compile error, a spill, a donated buffer that is copied, a weight that is copied or padded inside a step,
-more than 1 GiB of temporaries, an engine program that is not one command buffer, or a compiler whose reports cannot be read.
+Exit status 1 on: a compile error, a spill, what ptxas calls a loss of performance, a donated buffer that is copied, a weight that is
+copied or padded inside a step, more than 1 GiB of temporaries, an engine program that is not one command buffer, or a compiler
+whose reports cannot be read.
 """
 import argparse
 import concurrent.futures
