@@ -185,12 +185,12 @@ def write_kv(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
 def _attention(tiles, load, seen, first, last, *, scale, softcap):
     """Softmax of q tiles [n, K, M, H] over splits first .. last - 1 -> float32 [n, K, M, H], zero for a row that sees nothing.
 
-    load(i) -> k and v [n, SPLIT, K, H] of split i; seen(i) -> bool [n, 1, M, SPLIT], what each row sees of it.
+    load(i) -> k and v [n, K, SPLIT, H] of split i; seen(i) -> bool [n, 1, M, SPLIT], what each row sees of it.
     """
     def split_step(i, carry):
         top, total, acc = carry
         k, v = load(i)
-        score = jnp.einsum("nkmh,nlkh->nkml", tiles, k, precision=precision(tiles.dtype),
+        score = jnp.einsum("nkmh,nklh->nkml", tiles, k, precision=precision(tiles.dtype),
                            preferred_element_type=jnp.float32)
         score = lax.optimization_barrier(score) * scale
         if softcap is not None:
@@ -202,7 +202,7 @@ def _attention(tiles, load, seen, first, last, *, scale, softcap):
         p = jnp.where(visible, jnp.exp(score - own_top), 0.0)
         own_total = row_sum(p)[..., None]
         own_acc = lax.optimization_barrier(jnp.einsum(
-            "nkml,nlkh->nkmh", lax.optimization_barrier(rounded(p, v.dtype)), v, precision=precision(v.dtype),
+            "nkml,nklh->nkmh", lax.optimization_barrier(rounded(p, v.dtype)), v, precision=precision(v.dtype),
             preferred_element_type=jnp.float32))
         new_top = jnp.maximum(top, own_top)
         old, own = jnp.exp(top - new_top), jnp.exp(own_top - new_top)
@@ -257,9 +257,10 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
 
     def load(i):
         pages = lax.dynamic_slice_in_dim(table, i * pages_per_split, pages_per_split, 1)
-        k, v = (a[pages].reshape(n, SPLIT, kv_heads, -1) for a in (k_pages, v_pages))
+        # Heads first, as the products want them: the gather then lays them out, and no pass over a copy does.
+        k, v = (jnp.moveaxis(a[pages], 3, 1).reshape(n, kv_heads, SPLIT, -1) for a in (k_pages, v_pages))
         # What follows in the page may be another sequence's, or what it left there: its NaN times zero would be NaN.
-        return k, jnp.where((i * SPLIT + jnp.arange(SPLIT))[:, None, None] <= last_seen, v, 0)
+        return k, jnp.where((i * SPLIT + jnp.arange(SPLIT))[:, None] <= last_seen, v, 0)
 
     def seen(i):
         position = i * SPLIT + jnp.arange(SPLIT)
@@ -310,7 +311,7 @@ def attend_bidirectional(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.A
     def load(i):
         index = begin[:, None] + positions(i)
         index = jnp.where(index < end[:, None], index, tokens)
-        return rows_at(k, index), rows_at(v, index)
+        return tuple(rows_at(a, index).swapaxes(1, 2) for a in (k, v))
 
     def seen(i):
         position = positions(i)[:, None, None]
