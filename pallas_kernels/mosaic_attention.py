@@ -87,7 +87,7 @@ def refusal(head_dim: int, dtype, page_size: int, group: int = 1) -> str | None:
 
 
 def _prefill_rows(width):
-    """Rows of a prefill's tile: two groups of 64 that share the loads of k and v, but where a tile takes a group for each half of v."""
+    """Rows of a prefill's tile: two groups that share the loads of k and v, but past 128 columns, which take two already."""
     return 2 * ROWS if width <= 128 else ROWS
 
 

@@ -51,7 +51,7 @@ def programs(array):
         yield f"tail_counts {vocab}", lambda order, thresholds: mt.tail_sums(order, None, thresholds), (order, thresholds)
     pages = array((512, 16, 8, 128), bf16)
     yield "write_kv", mosaic_kv.write_kv, (pages, pages, array((13, 8, 128), bf16), array((13, 8, 128), bf16), array((13,), i32))
-    # 128 is the width of most models and 256 the one that spills: the others in two cases of four.
+    # 128 is the width of most models and 256 has two groups for one tile: the others in two cases of four.
     for width in (64, 80, 96, 128, 256):
         cases = (4, 64, None, None), (7, 16, 1024, 50.0), (1, 16, None, None), (8, 32, 1024, None)
         for group, page, window, softcap in cases if width >= 128 else cases[:2]:
