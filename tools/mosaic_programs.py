@@ -9,6 +9,7 @@ from pallas_kernels import mosaic_kv
 from pallas_kernels import mosaic_matmul as mm
 from pallas_kernels import mosaic_rows as mr
 from pallas_kernels import mosaic_tail as mt
+from pallas_kernels.dispatch import WAYS
 from pallas_kernels.ragged import Ragged
 
 
@@ -46,7 +47,7 @@ def programs(array):
         yield f"rms_norm {width}", partial(mr.rms_norm, eps=1e-5), (array((64, width), bf16), array((width,), bf16))
     yield "log_sum_exp", mr.log_sum_exp, (array((64, 128256), f32),)
     for vocab in (128256, 151936, 50257):  # the last: padded
-        order, weight, thresholds = array((64, vocab), i32), array((64, vocab), f32), array((64, mt.WAYS - 1), i32)
+        order, weight, thresholds = array((64, vocab), i32), array((64, vocab), f32), array((64, WAYS - 1), i32)
         yield f"tail_sums {vocab}", mt.tail_sums, (order, weight, thresholds)
         yield f"tail_counts {vocab}", lambda order, thresholds: mt.tail_sums(order, None, thresholds), (order, thresholds)
     pages = array((512, 16, 8, 128), bf16)
