@@ -31,8 +31,9 @@ def gumbel(keys: jax.Array, count: int) -> jax.Array:
     """
     words = random_bits(keys, count)
     uniform = lax.bitcast_convert_type((words >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1.0  # 23 bits in [1, 2)
-    # A barrier: together with the argmax that it is for, XLA would compute it number by number on a CPU, in 5 times the time.
-    return lax.optimization_barrier(-jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny))))
+    noise = -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)))
+    # Together with the argmax that it is for, XLA would compute it number by number on a CPU, in 5 times the time.
+    return lax.platform_dependent(noise, cpu=lax.optimization_barrier, default=lambda noise: noise)
 
 
 def random_bits(keys: jax.Array, count: int) -> jax.Array:
