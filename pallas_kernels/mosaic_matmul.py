@@ -9,19 +9,19 @@ which of the two schedules ran:
     in turn   acc, total=acc  acc, total+=acc acc, total+=acc     one block does a tile's chunks one after another
     split     acc -> part[0]  acc -> part[1]  acc -> part[2]      different blocks; then part[0] + part[1] + part[2]
 
-`split` fills the card when a step has few rows: its partial sums go to device memory in float32 and XLA adds them, which
-it can fuse with what comes next. Additions are exact in the sense that matters: XLA does not reorder them.
+`split` fills the card when a step has few rows: its partial sums go to device memory in float32, and what comes next adds them:
+XLA, which fuses that with what it does anyway and does not reorder additions, or `mosaic_rows.sum_norm`.
 
 Grid and memory. A persistent grid of one block per SM walks a list of (column tile, row tile[, chunk]) items, row tile
 fastest so that neighbours share weights in L2. A block has `groups` computing warpgroups, one for each 64 rows, and one
-that only starts TMA copies:
+that only starts TMA copies. The column tiles of several weights (`matmuls`) are one list, and each weight has an output:
 
     device   x [M, K]          w [N, K]
                | TMA             | TMA          rows and K past the end read as zeros
     shared   x_smem[stage]     w_smem[stage]    (64 * groups + 128) x 64 x 2 bytes a stage, `stages` in flight
                \__ wgmma ______/   full[stage]: both copies landed;  free[stage]: every group is done with it
     registers  acc, total      64 x 128 float32 each: 64 + 64 registers a thread
-    shared   added[group]      the tile of a residual, if there is one, brought by TMA while the product runs
+    shared   residual_smem[group]   its tile, if there is one, brought by TMA while the product runs
     shared   out_smem[group]   TMA store, which drops rows and columns past the end
     device   out [M, N]
 
@@ -57,7 +57,7 @@ def _tiled(shape, dtype):
 
 def _body(x, weights, biases, residual, tiles, *refs, m, widths, k, chunk, groups, stages, split, activation, blocks):
     gated, grouped = activation is not None, tiles is not None
-    *outs, x_smem, w_smem, out_smem, up_smem, added, full, free, landed = refs
+    *outs, x_smem, w_smem, out_smem, up_smem, residual_smem, full, free, landed = refs
     group, block = lax.axis_index("group"), lax.axis_index("block")
     chunks, chunk_steps = pl.cdiv(k, chunk), chunk // TILE_K
     m_tiles = tiles[0, 0] if grouped else pl.cdiv(m, ROWS * groups)
@@ -168,7 +168,7 @@ def _body(x, weights, biases, residual, tiles, *refs, m, widths, k, chunk, group
             m_tile, n_tile, c = place(i)
             first, along_n = first_row(m_tile) + group * ROWS, pl.ds(n_tile * TILE_N, TILE_N)
             if residual is not None:
-                plmgpu.copy_gmem_to_smem(residual.at[pl.ds(first, ROWS), along_n], added.at[group], landed.at[group])
+                plmgpu.copy_gmem_to_smem(residual.at[pl.ds(first, ROWS), along_n], residual_smem.at[group], landed.at[group])
             if gated:
                 value, count = biased_product(1, n_tile, c, count)
                 up_smem[group] = value
@@ -178,19 +178,21 @@ def _body(x, weights, biases, residual, tiles, *refs, m, widths, k, chunk, group
             value = value.astype(out_smem.dtype)
             if residual is not None:
                 plmgpu.barrier_wait(landed.at[group])
-                own = plmgpu.load(added.at[group], layout=plmgpu.Layout.WGMMA)
+                own = plmgpu.load(residual_smem.at[group], layout=plmgpu.Layout.WGMMA)
                 value = (value.astype(jnp.float32) + own.astype(jnp.float32)).astype(out_smem.dtype)
             plmgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem[group] = value
             plmgpu.commit_smem()
             # In a tile of a group, eights of rows past its end belong to another tile.
             piece, end = (EIGHT, tiles[m_tile + 1, 2] * EIGHT) if grouped else (ROWS, None)
+
             def store(which, own_tile):
                 target, columns = outs[which].at[c] if split else outs[which], pl.ds(own_tile * TILE_N, TILE_N)
                 for start in range(0, ROWS, piece):
                     @pl.when(True if end is None else first + start < end)
                     def _():
-                        plmgpu.copy_smem_to_gmem(out_smem.at[group, pl.ds(start, piece)], target.at[pl.ds(first + start, piece), columns])
+                        plmgpu.copy_smem_to_gmem(out_smem.at[group, pl.ds(start, piece)],
+                                                 target.at[pl.ds(first + start, piece), columns])
             of_its_weight(n_tile, store)
             return count
 
@@ -207,10 +209,11 @@ def launch(x, weights, biases, out_dtype, *, groups, stages, split, residual=Non
            chunk=None):
     """One launch: [M.., N..] (with `split` float32 [chunks, M.., N..]) of x [M, K] with each of the weights [N, K].
 
-    M.. and N.. are at least M and N; the rest is padding. With an activation the weights are a gate and an up of one N, and
-    there is one result; the biases are one of whole column tiles for all weights, or one for gate and one for up. With `tiles` int32 [1 + n, 3] the weights are [E, N, K]: in row 0
-    how many tiles of rows there are, in each other row a tile's expert, its first row and where its expert's rows end, by
-    EIGHT. Rows of no tile are not written. A `chunk` that is not `chunk_length(K)` is another tree: it is there to be timed.
+    M.. and N.. are at least M and N; the rest is padding. With an activation the weights are a gate and an up of one N, and there
+    is one result; biases are one of whole column tiles for all weights, or one for gate and one for up. With `tiles` int32
+    [1 + n, 3] the weights are [E, N, K]: in row 0 how many tiles of rows there are, in each other row a tile's expert, its first
+    row and where its expert's rows end, by EIGHT. Rows of no tile are not written. A `chunk` that is not `chunk_length(K)` is
+    another tree: it is there to be timed.
     """
     x, *weights = (_padded(a) for a in (x, *weights))
     residual = None if residual is None else _padded(residual)
@@ -224,7 +227,8 @@ def launch(x, weights, biases, out_dtype, *, groups, stages, split, residual=Non
     out = [jax.ShapeDtypeStruct((chunks, m, n) if split else (m, n), out_dtype) for n in wide]
     m_tiles = pl.cdiv(m, ROWS * groups) if tiles is None else tiles.shape[0] - 1
     blocks = min(m_tiles * first_tiles(widths)[-1] * (chunks if split else 1), blocks)
-    body = functools.partial(_body, m=m, widths=widths, k=k, chunk=chunk, groups=groups, stages=stages, split=split, activation=activation, blocks=blocks)
+    body = functools.partial(_body, m=m, widths=widths, k=k, chunk=chunk, groups=groups, stages=stages, split=split,
+                             activation=activation, blocks=blocks)
     body.__name__ = ("" if tiles is None else "grouped_") + ("matmul_split" if split else "gated_mlp" if gated else "matmul")
     return compat.kernel(
         body, out_type=out,

@@ -63,7 +63,7 @@ def main() -> int:
     deadline, out = time.monotonic() + 60 * options.minutes - 5, Path(options.out)
     result = {"when": time.strftime("%Y-%m-%d %H:%M:%S"), "small": options.small, "times_mean_something": not options.small, "sections": {}}
     # Weights and pages of the 8B shape take 53 GB: the default share of an 80 GB card would be too small.
-    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | ({"JAX_PLATFORMS": "cpu"} if options.small else {})
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | ({"JAX_PLATFORMS": "cpu", "NPROC": "16"} if options.small else {})
     for name, limit in SECTIONS.items():
         part = out.with_suffix(f".{name}.json")
         part.unlink(missing_ok=True)

@@ -93,6 +93,17 @@ def test_a_draw_depends_on_seed_choice_and_position_and_on_nothing_else():
     assert (base == np.asarray(expected)).all()
 
 
+@pytest.mark.parametrize("count", [1, 7, 4099])
+def test_noise_is_jaxs_own_to_the_bit(count):
+    seeds = jnp.stack([keys.seed_words(seed) for seed in (0, 1, -5, 2**62 + 3)])
+    own = keys.draw_keys(seeds, jnp.arange(4), jnp.arange(4) * 1000)
+    with jax.threefry_partitionable(True):
+        bits = jax.vmap(lambda key: jax.random.bits(key, (count,), jnp.uint32))(own)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32))(own)
+    np.testing.assert_array_equal(keys.random_bits(own, count), bits)
+    np.testing.assert_array_equal(jax.jit(keys.gumbel, static_argnums=1)(own, count), noise)
+
+
 def test_penalties_bias_and_bans_in_their_order(logits):
     p = SamplingParams(temperature=0, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={9: 2.0}, logprobs=0)
     works = rows(p, prompt=(1, 2), output=(5, 5, 9), banned=((5, 9, 11), (3,), (9, 12), (5, 13)))
