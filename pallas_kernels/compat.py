@@ -28,8 +28,9 @@ def store(ref, value):
 def interpreting():
     """Inside, Mosaic kernels run on the CPU, simulated, and a tile's products are added in ascending k.
 
-    It blocks one of XLA's threads for each warpgroup that waits: where XLA starts only as many as two cores it can hang, and
-    NPROC=16 in the environment, before jax starts, gives it more. The simulator's own matmul is a BLAS, which gives a row other bits at another place in the tile; wgmma does not.
+    The simulator's own matmul is a BLAS, which gives a row other bits at another place in the tile; wgmma does not. It blocks one
+    of XLA's threads for each warpgroup that waits, and can hang on the two threads of two cores: NPROC=16 in the environment,
+    before jax starts, gives it more.
     """
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     # 0.12.0 exports it as plmgpu.force_gpu_interpret_mode; 0.11.2 has it here only
