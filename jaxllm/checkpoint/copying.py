@@ -48,4 +48,4 @@ def _copy(source: np.ndarray, out: np.ndarray) -> None:
         np.left_shift(source.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
     else:
         with np.errstate(over="ignore", invalid="ignore"):  # a value out of range becomes infinity; `load` looks for it
-            out[...] = source.astype(out.dtype)
+            np.copyto(out, source, casting="unsafe")  # not astype: each thread would keep its temporary
