@@ -4,6 +4,7 @@ from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 DTYPES = ("float32", "bfloat16", "float16")
+SCRATCH_PAGES = 4  # of each cache behind those of the pool: what the start-up proof reads and writes (engine/proof.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,11 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     seed: int = 0
     max_logprobs: int = 20
+
+    @property
+    def cache_pages(self) -> int:
+        """Pages of the cache: the pool's, and the scratch pages behind them."""
+        return self.num_pages + SCRATCH_PAGES
 
     @property
     def pages_per_seq(self) -> int:

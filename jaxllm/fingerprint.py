@@ -1,4 +1,4 @@
-"""`system_fingerprint`: equal fingerprints promise equal bits, and its parts say what differs."""
+"""`system_fingerprint`: equal fingerprints promise equal bits, and its parts say what differs (docs/reproducibility.md lists them)."""
 import hashlib
 import json
 from collections.abc import Iterable
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
+from jaxllm import machine
 
 
 def package_version() -> str:
@@ -55,14 +57,14 @@ def params_hash(params) -> str:
     return out.hexdigest()
 
 
-def parts(*, dtype: str, kernels: str, weights: str, tokenizer: str, model: str) -> dict[str, str]:
-    """Everything that equal bits depend on, by name."""
-    devices = jax.devices()
+def parts(*, dtype: str, kernels, weights: str, tokenizer: str, model: str, reproducible: str) -> dict[str, str]:
+    """Everything that equal bits depend on, by name. Two processors of which one could answer otherwise have different parts."""
+    here = machine.surroundings()
     return {
-        "jaxllm": package_version(), "jax": jax.__version__, "jaxlib": version("jaxlib"),
-        "platform": devices[0].platform, "device": devices[0].device_kind, "devices": "1",
-        "dtype": dtype, "matmul_precision": "float32 accumulation, no TF32", "kernels": kernels,
-        "model": model, "weights": weights, "tokenizer": tokenizer,
+        "jaxllm": package_version(), "jax": here["jax"], "jaxlib": here["jaxlib"],
+        "platform": here["platform"], "device": here["device"], "driver": here["driver"], "devices": "1", "xla_flags": here["xla_flags"],
+        "dtype": dtype, "matmul_precision": "float32 accumulation, no TF32", "kernels": kernels.name, "sums": kernels.sums,
+        "reproducible": reproducible, "model": model, "weights": weights, "tokenizer": tokenizer,
     }
 
 

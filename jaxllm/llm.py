@@ -14,18 +14,21 @@ from pathlib import Path
 import jax
 
 from jaxllm import fingerprint as fingerprints
+from jaxllm import machine
 from jaxllm.config import EngineConfig
 from jaxllm.engine.cache import cache_bytes, plan_cache
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.request import Request, TokenEvent, TokenLogprobs, derived_seed
-from jaxllm.engine.runner import Runner
-from jaxllm.errors import UsageError
+from jaxllm.engine.runner import Runner, compilation_cache, own_configuration
+from jaxllm.errors import UnsupportedError, UsageError
 from jaxllm.loading import load_model, shapes
+from jaxllm.models.decoder import product_shapes
 from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.text.stream import TextStream
 from jaxllm.text.tokenizer import load_tokenizer
 from pallas_kernels import dispatch
+from pallas_kernels.reference import ASSUMED
 
 log = logging.getLogger("jaxllm")
 
@@ -48,11 +51,15 @@ class LLM:
     """A model, its tokenizer and an engine. Use it from one thread; `close` or leaving a `with` block frees the device.
 
     model: a folder in Hugging Face layout, a Hugging Face id, or "builtin:tales". dtype "auto" is the checkpoint's own.
-    params: its weights, as `jaxllm.load_params` returns or another LLM's `.params`; then none are read. reproducible False: a
-    request's bits may depend on its batch, for what speed `jaxllm bench reproducible` shows.
+    params: its weights, as `jaxllm.load_params` returns or another LLM's `.params`; then none are read. reproducible True: each
+    program proves before it serves that a row's bits do not depend on the batch, or `unproven` and every answer say so; "strict":
+    all programs are compiled and proven now, and UnsupportedError is raised if one fails; False: a request's bits may depend on its
+    batch, for what speed `jaxllm bench reproducible` shows. portable: sums in the order that the libraries of all processors seen
+    so far have, float32 and float16 on a CPU alone (docs/reproducibility.md says what it costs).
     max_model_len None: the model's, or what the cache holds. kv_cache_memory_bytes None: 1 GiB on a CPU, on a GPU what
     gpu_memory_utilization leaves. compile_cache_dir: where compiled programs are kept between processes; None: nowhere, unless
-    JAX itself is configured to. The user's random state and JAX configuration are left as they are.
+    JAX itself is configured to. What was found out about this machine is kept there too, or with None in ~/.cache/jaxllm; "off": nothing
+    is kept. The user's random state and JAX configuration are left as they are.
     """
 
     def __init__(self, model: str, *, dtype: str = "auto", seed: int = 0, max_model_len: int | None = None,
@@ -60,10 +67,12 @@ class LLM:
                  kv_cache_memory_bytes: int | None = None, gpu_memory_utilization: float = 0.9, load_format: str = "auto",
                  pt_load_map_location="cpu", tokenizer: str | None = None, skip_tokenizer_init: bool = False,
                  hf_overrides: dict | None = None, page_size: int = 16, max_logprobs: int = 20, kernels: str = "auto",
-                 reproducible: bool = True, params=None, compile_cache_dir: str | Path | None = None):
+                 reproducible: bool | str = True, portable: bool = False, params=None, compile_cache_dir: str | Path | None = None):
         _check_options(seed=seed, max_model_len=max_model_len, max_num_seqs=max_num_seqs, page_size=page_size,
                        max_num_batched_tokens=max_num_batched_tokens, gpu_memory_utilization=gpu_memory_utilization,
                        kv_cache_memory_bytes=kv_cache_memory_bytes, max_logprobs=max_logprobs)
+        if reproducible not in (True, False, "strict"):
+            raise UsageError(f"reproducible={reproducible!r}; it must be True, False or \"strict\"", "reproducible")
         self.model = str(model)
         self._loaded = load_model(self.model, dtype=dtype, load_format=load_format, hf_overrides=hf_overrides,
                                   max_model_len=max_model_len, pt_load_map_location=pt_load_map_location, params=params)
@@ -82,17 +91,41 @@ class LLM:
         self.config = EngineConfig(
             max_model_len=length, max_num_seqs=seqs, num_pages=num_pages, page_size=page_size, seed=seed,
             max_num_batched_tokens=tokens, enable_prefix_caching=enable_prefix_caching, max_logprobs=max_logprobs)
+        self._cache_dir = Path(compile_cache_dir).expanduser() if compile_cache_dir not in (None, "off") else None
+        facts = machine.facts(compile_cache_dir)
         try:
             self.kernels = dispatch.choose(device.platform, getattr(device, "compute_capability", None), cfg.head_dim, weight,
-                                           page_size, want=kernels, reproducible=reproducible)
+                                           page_size, want=kernels, reproducible=bool(reproducible),
+                                           forms=self._forms(device, str(weight), bool(reproducible), portable, facts))
         except ValueError as e:
             raise UsageError(str(e), "kernels") from e
         log.info("kernels: %s (%s)", self.kernels.name, "; ".join(self.kernels.reasons))
-        self._cache_dir = Path(compile_cache_dir).expanduser() if compile_cache_dir else None
-        self._runner = Runner(cfg, params, self.config, self.kernels, compile_cache_dir=self._cache_dir)
+        self._runner = Runner(cfg, params, self.config, self.kernels, compile_cache_dir=self._cache_dir,
+                              facts=facts if reproducible else None)
+        self._reproducible = bool(reproducible)
+        if reproducible == "strict":
+            self._runner.warmup()
+            if self.unproven:
+                self._runner.close()
+                raise UnsupportedError(f"reproducible=\"strict\", and on this machine the bits of {'; '.join(self.unproven)} depend on the "
+                                       "batch; use another dtype or kernels, or reproducible=True to run with that said in every answer")
         self._engine = Engine(self._runner, self.config)
-        self._replaced = False
+        self._replaced, self._version = False, None
         self._calls = itertools.count()
+
+    def _forms(self, device, dtype: str, reproducible: bool, portable: bool, facts: machine.Facts):
+        """The forms of the model's products on a CPU; assumed where nothing is promised, and on a card, whose kernels have none."""
+        if portable and (device.platform != "cpu" or dtype == "bfloat16" or not reproducible):
+            raise UsageError(f"portable=True with dtype {dtype} on {device.platform}, reproducible={reproducible}; it needs float32 or "
+                             "float16 on a CPU, and a reproducible engine", "portable")
+        if device.platform != "cpu" or not reproducible:
+            return ASSUMED
+        with own_configuration(), compilation_cache(self._cache_dir):
+            found = machine.forms(product_shapes(self.model_config), dtype, portable, facts)
+        if portable and not found.proven:
+            raise UnsupportedError(f"portable=True, and this machine does not have the order {found.law} for the shapes of this model in "
+                                   f"{dtype}; leave portable out")
+        return found
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
@@ -122,16 +155,33 @@ class LLM:
             known["max_tokens"] = given["max_new_tokens"]
         return SamplingParams(**known)
 
-    @cached_property
+    @property
     def fingerprint_parts(self) -> dict[str, str]:
-        """What equal bits depend on, by name: versions, device, dtype, kernels, weights, tokenizer."""
-        if self._loaded.files and not self._replaced:
+        """What equal bits depend on, by name: versions, processor or card, dtype, kernels, order of sums, weights, tokenizer."""
+        said = "as asked, no" if not self._reproducible else "no: " + "; ".join(self.unproven) if self.unproven else "yes"
+        return self._lasting_parts | {"reproducible": said}
+
+    @cached_property
+    def _lasting_parts(self) -> dict[str, str]:
+        if self._version is not None:
+            weights = self._version
+        elif self._loaded.files and not self._replaced:
             weights = fingerprints.content_hash(self._loaded.files, self._cache_dir and self._cache_dir / "weights.json")
         else:
             weights = fingerprints.params_hash(self.params)
-        cfg = hash_of_config(self.model_config)
-        return fingerprints.parts(dtype=str(self.params.embedding.dtype), kernels=self.kernels.name, weights=weights, model=cfg,
+        return fingerprints.parts(dtype=str(self.params.embedding.dtype), kernels=self.kernels, weights=weights,
+                                  model=hash_of_config(self.model_config), reproducible="",
                                   tokenizer=self.tokenizer.fingerprint() if self.tokenizer else "none")
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether bits do not depend on the batch, as far as every program that has run so far has shown."""
+        return self._reproducible and not self.unproven
+
+    @property
+    def unproven(self) -> list[str]:
+        """What the start-up proof found to depend on the batch, and could not mend: nothing, on a sound machine."""
+        return self._runner.unproven
 
     @property
     def system_fingerprint(self) -> str:
@@ -216,6 +266,7 @@ class LLM:
         if self.params is None:
             raise UsageError("this LLM is closed; make a new one")
         params = self._params(sampling_params, len(prompts))
+        self._lasting_parts  # hashed before anything runs: what fails there costs no finished answer
         call = next(self._calls)
         lives: dict[str, _Live] = {}
         for index, ((text, ids), p) in enumerate(zip(prompts, params, strict=True)):
@@ -247,9 +298,8 @@ class LLM:
                 self._engine.abort(request_id)
             if show is not None:
                 show.close()
-        fingerprint = self.system_fingerprint
         for live in order:
-            live.output.system_fingerprint = fingerprint
+            live.output.system_fingerprint, live.output.reproducible = self.system_fingerprint, self.reproducible
         return [live.output for live in order]
 
     def _params(self, given, count: int) -> list[SamplingParams]:
@@ -308,8 +358,11 @@ class LLM:
 
     # -- housekeeping -----------------------------------------------------------------------------------------------
 
-    def update_params(self, params) -> None:
-        """Serves other weights of the same shapes from now on, without a recompile; what was cached of the old ones is forgotten."""
+    def update_params(self, params, version: str | None = None) -> None:
+        """Serves other weights of the same shapes from now on, without a recompile; what was cached of the old ones is forgotten.
+
+        version: what the fingerprint calls them. Without one they are hashed, which reads all of them on the host.
+        """
         try:
             same = shapes(params) == shapes(self.params)
         except (AttributeError, TypeError) as e:
@@ -318,8 +371,8 @@ class LLM:
             raise UsageError("params differs in structure, shapes or dtypes from this LLM's; make a new LLM for another model", "params")
         if self._engine.busy:
             raise UsageError("requests are running; update the weights between calls", "params")
-        self._runner.params, self._replaced = params, True
-        self.__dict__.pop("fingerprint_parts", None)
+        self._runner.params, self._replaced, self._version = params, True, version
+        self.__dict__.pop("_lasting_parts", None)
         self.reset_prefix_cache()
 
     def reset_prefix_cache(self) -> None:

@@ -40,3 +40,4 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # the first is None: nothing comes before it
     num_cached_tokens: int = 0
     system_fingerprint: str | None = None
+    reproducible: bool = True                              # False: asked for, or a program of this machine failed its proof

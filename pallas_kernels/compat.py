@@ -89,6 +89,12 @@ class _Ordered:
         return out
 
 
+def under_jit() -> bool:
+    """Whether a jit of the caller's is being traced. 0.11.2 and 0.12.0 both have it; nothing of it is promised."""
+    from jax._src.core import unsafe_am_i_under_a_jit
+    return unsafe_am_i_under_a_jit()
+
+
 def version() -> tuple[int, ...]:
     """jax's version as numbers."""
     return tuple(int(part) for part in jax.__version__.split(".") if part.isdigit())

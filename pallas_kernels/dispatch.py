@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache, partial
 
 from pallas_kernels import reference
+from pallas_kernels.forms import Forms
 
 # A kernel that reads a row once for 15 thresholds: some 45 instructions for the 8 bytes of an entry, about what an H200 does
 # while it loads them.
@@ -28,7 +29,27 @@ class Kernels:
     # One launch for what the methods below compose, and the same bits; None where an implementation has none.
     fused_matmuls: Callable | None = None      # (x [T, K], weights [N, K], biases [N] | None) -> [T, N] of each
     fused_matmul_norm: Callable | None = None  # (x, w, bias | None, *, residual [T, N], norm [N], eps) -> ([T, N], [T, N])
+    forms: Forms = reference.ASSUMED  # of the reference's products
     reasons: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def compiler_options(self) -> dict:
+        """What a program of these kernels must be compiled with, or its sums have another order."""
+        return self.forms.compiler_options
+
+    @property
+    def sums(self) -> str:
+        """The order of a product's sums, in words: what a machine was found to have, or what the kernels fix."""
+        if self.name != "reference":
+            return "by the batch" if self.name.endswith("fast") else "chunks of K in ascending order"
+        law = self.forms.law
+        values = ", values over the last axis" if self.forms.values_last else ""
+        return f"{law}, attention of {self.forms.attention_rows} rows{values}" + ("" if self.forms.proven else ", assumed")
+
+    def safer(self, rows: int) -> "Kernels | None":
+        """The same bits for a step of so many rows by products that ask less of XLA's library; None if there are none."""
+        forms = self.forms.safer(rows)
+        return None if forms is None else dataclasses.replace(reference_kernels(forms, False), reasons=self.reasons)
 
     def matmuls(self, x, weights, biases):
         """The products of x [T, K] with several weights [N, K], each with its bias [N] or None -> their [T, N], in x's dtype."""
@@ -44,15 +65,19 @@ class Kernels:
         return out, self.rms_norm(out, norm, eps)
 
 
-# Differentiable: what a model called as a plain function uses.
-REFERENCE = Kernels("reference", reference.matmul, reference.gated_mlp, reference.rms_norm,
-                    partial(reference.attend, static_bound=True), reference.log_sum_exp, reference.tail_sums, 2,
-                    partial(reference.attend_bidirectional, static_bound=True), reference.grouped_matmul, reference.grouped_gated_mlp)
-# The same bits for an engine: loops stop at the longest context, and few rows stream the weights.
-_stream = partial(reference.matmul, product=reference.product_of_few_rows)
-SERVING = Kernels("reference", _stream, partial(reference.gated_mlp, product=_stream), reference.rms_norm,
-                  reference.attend, reference.log_sum_exp, reference.tail_sums, 2, reference.attend_bidirectional,
-                  reference.grouped_matmul, reference.grouped_gated_mlp)
+@cache
+def reference_kernels(forms: Forms, static_bound: bool) -> Kernels:
+    """The kernels in XLA, products in these forms. static_bound: loops run over all pages, which makes them differentiable; the
+    bits are the same. One object for equal forms, since jit tells partials apart by identity."""
+    product = partial(reference.matmul, product=forms.product)
+    attention = {"static_bound": static_bound, "forms": forms}
+    return Kernels("reference", product, partial(reference.gated_mlp, product=product), reference.rms_norm,
+                   partial(reference.attend, **attention), reference.log_sum_exp, reference.tail_sums, 2,
+                   partial(reference.attend_bidirectional, **attention), reference.grouped_matmul, reference.grouped_gated_mlp, forms=forms)
+
+
+# Nothing probed. Differentiable: what a model called as a plain function uses; and the same bits for an engine.
+REFERENCE, SERVING = reference_kernels(reference.ASSUMED, True), reference_kernels(reference.ASSUMED, False)
 
 
 @cache
@@ -119,23 +144,23 @@ def _fast(kernels: Kernels) -> Kernels:
 
 
 def choose(platform: str, compute_capability, head_dim: int, dtype, page_size: int, want: str = "auto",
-           reproducible: bool = True) -> Kernels:
+           reproducible: bool = True, forms: Forms = reference.ASSUMED) -> Kernels:
     """The kernels for a device and a model, with the reasons in `.reasons`.
 
     A named choice is strict: ValueError says why it cannot be had. "auto" takes mosaic on Hopper and triton on Ampere and Ada
-    where they run, else the reference, and keeps the reasons. With `reproducible` False, products and sums along a row are
+    where they run, else the reference with its products in `forms`, and keeps the reasons. With `reproducible` False, products and sums along a row are
     XLA's, whose bits depend on the batch.
     """
-    chosen = _choose(platform, compute_capability, head_dim, dtype, page_size, want)
+    chosen = _choose(platform, compute_capability, head_dim, dtype, page_size, want, forms)
     return chosen if reproducible else _fast(chosen)
 
 
-def _choose(platform, compute_capability, head_dim, dtype, page_size, want) -> Kernels:
+def _choose(platform, compute_capability, head_dim, dtype, page_size, want, forms) -> Kernels:
     dtype = getattr(dtype, "dtype", dtype)
     if want not in ("auto", "mosaic", "triton", "reference"):
         raise ValueError(f"kernels {want!r}: allowed are auto, mosaic, triton and reference")
     if want == "reference":
-        return dataclasses.replace(SERVING, reasons=("reference: asked for",))
+        return dataclasses.replace(reference_kernels(forms, False), reasons=("reference: asked for",))
     reasons = ()
     for name, why_not, kernels, card in (("mosaic", _why_not_mosaic, _mosaic, "a Hopper"),
                                          ("triton", _why_not_triton, _triton, "an Ampere or an Ada")):
@@ -150,4 +175,4 @@ def _choose(platform, compute_capability, head_dim, dtype, page_size, want) -> K
         reasons += (reason,)
     if platform in ("gpu", "cuda"):
         reasons += ("reference: XLA picks matrix products by shape on a GPU, so bits may depend on the batch",)
-    return dataclasses.replace(SERVING, reasons=reasons)
+    return dataclasses.replace(reference_kernels(forms, False), reasons=reasons)

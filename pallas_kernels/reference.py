@@ -1,12 +1,7 @@
 """The kernels in plain XLA: the oracle, the CPU's path, and the safety net on a GPU we have not met.
 
-The reduction tree, measured on XLA's CPU backend with jax 0.11.2 and 0.12.0 (tests/kernels/test_tree.py holds it):
-every float sum is written as a matrix product `x [T, K] . w [N, K]`, both contracted over their last axis. XLA gives
-that product to one library kernel whose order does not depend on T for T >= 2: in float32 an ascending chain of
-fused multiply-adds over chunks of 1024, the chunks added in ascending order. What does not keep its order there:
-  one row (T == 1), which XLA emits as a loop of its own;
-  w stored [K, N], for small T;
-  a `reduce`, which changes its tree at a few thousand elements. So norms and softmax sums are products with ones.
+Every float sum has one order, whatever the batch. A product's is a `Law` of `pallas_kernels.forms`, which says how XLA's library is
+made to keep it. Every other sum is written out, addition by addition: a `reduce` changes its tree at a few thousand elements.
 XLA also hands what stands beside a product or a large `reduce` to that library, whose `exp` rounds differently from
 XLA's own. So products and maxima stand between optimization barriers: whatever the shape, all else is compiled by XLA.
 Attention follows the split law: the context is cut at multiples of SPLIT, each split has its own (max, sum, acc),
@@ -16,14 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.forms import Forms, Law, precision
 from pallas_kernels.ragged import Ragged, deal, rows_at, starts_of
 from pallas_kernels.rounding import add, rounded
 from pallas_kernels.tree import added
 
 SPLIT = 128        # tokens of context in one split; a multiple of every page size in use
+MOST_UNROLLED = 4096  # K up to which a row's sum is 64 lanes: 64 additions of each
 QUERY_TILE = 32    # query tokens of one sequence that share a gather of its pages, and rows that share an expert's weights
-CHAIN_CHUNK = 1024  # K covered by one chain of the product above, in float32
 MASKED = -1e30     # stands for -inf and keeps `max - max` finite
+ASSUMED = Forms(Law(None, False))  # what a product is computed with where nothing was probed
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -33,62 +30,8 @@ ACTIVATIONS = {
 }
 
 
-def precision(dtype) -> lax.Precision:
-    """float32 means float32: without this a GPU rounds the operands to TF32."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-
-
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [T, K] . w [N, K] -> float32 [T, N], the same bits for a row whatever T."""
-    rows = x.shape[0]
-    if rows == 1:
-        x = jnp.concatenate([x, x])
-    out = lax.dot_general(lax.optimization_barrier(x), w, (((1,), (1,)), ((), ())), precision=precision(x.dtype),
-                          preferred_element_type=jnp.float32)
-    return lax.optimization_barrier(out)[:rows]
-
-
-def _product_of_one_row(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The same bits as `_product` for x [1, K] in float32, streaming w once instead of packing it.
-
-    Rows of w are summed `chains` at a time, so that as many multiply-adds are in flight; one is bound by its latency.
-    """
-    n, k = w.shape
-    chains = next((c for c in (8, 4) if n % c == 0), None)
-    if chains is None:
-        return _product(x, w)
-    x = lax.optimization_barrier(x)  # else what computes x is fused into the sums, and done again for each row of w
-    parts = []
-    for start in range(0, k, CHAIN_CHUNK):
-        block = w.reshape(chains, n // chains, k)[:, :, start:start + CHAIN_CHUNK]
-        row = x[0, start:start + CHAIN_CHUNK]
-        sums = lax.reduce(tuple(block[c] * row for c in range(chains)), (jnp.float32(0),) * chains,
-                          lambda a, b: tuple(p + q for p, q in zip(a, b)), (1,))
-        parts.append(jnp.concatenate(sums))
-    out = parts[0]
-    for part in parts[1:]:
-        out = out + part
-    return out[None]
-
-
-def product_of_few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The same bits as `_product`, faster for one row in float32 and for 16 rows.
-
-    The library packs its right operand for each product: w in `_product`, here x. Of other numbers of rows it would sum the
-    last few in another order, and past one chunk of K it would cut K by another rule.
-    """
-    rows, k = x.shape
-    if rows == 1 and x.dtype == jnp.float32:
-        return _product_of_one_row(x, w)
-    if rows != 16 or k > CHAIN_CHUNK or w.shape[0] % 16:
-        return _product(x, w)
-    out = lax.dot_general(w, lax.optimization_barrier(x), (((1,), (1,)), ((), ())), precision=precision(x.dtype),
-                          preferred_element_type=jnp.float32)
-    return lax.optimization_barrier(out).T
-
-
 def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, residual: jax.Array | None = None, out_dtype=None,
-           product=_product) -> jax.Array:
+           product=ASSUMED.product) -> jax.Array:
     """x [T, K] . w [N, K] + bias [N] -> [T, N] in out_dtype (x's by default); sums and bias in float32.
 
     With a residual [T, N] of out_dtype: the result is rounded, then added to it as `rounding.add` does.
@@ -101,29 +44,25 @@ def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, residua
 
 
 def row_sum(x: jax.Array) -> jax.Array:
-    """float32 [..., K] summed over its last axis -> [...], in the order of a matrix product."""
-    ones = jnp.ones((8, x.shape[-1]), jnp.float32)
-    return _product(x.reshape(-1, x.shape[-1]), ones)[:, 0].reshape(x.shape[:-1])
+    """float32 or int32 [..., K] summed over its last axis -> [...]: every addition is written out, in an order that K alone decides.
 
-
-def lane_sum(x: jax.Array) -> jax.Array:
-    """float32 or int32 [..., K] summed over its last axis -> [...], for long rows: every addition is written out, in an order
-    that K alone decides.
-
-    8192 lanes, or the power of two that holds the row: each adds its places, ascending; then 32 lanes become one, until one is
-    left. On a CPU a search for top_k and top_p among 49152 takes 0.1 (one row) to 0.3 (64 rows) of the time that it takes
-    with `row_sum`, which writes the row first, and XLA's sum of integers, which adds one by one.
+    Each lane adds its places, ascending: 64 lanes, which are then halved, or for long rows 8192, of which 32 become one. On a CPU
+    a norm of 576 takes 0.4 (one row) to 0.8 (512 rows) of the time of a product with ones.
     """
-    lanes = min(8192, 1 << (x.shape[-1] - 1).bit_length())
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % lanes)])
+    long = x.shape[-1] > MOST_UNROLLED
+    lanes, fold = (8192, 32) if long else (64, 2)
+    lanes = min(lanes, 1 << (x.shape[-1] - 1).bit_length())
+    # What computes x stays outside: a product beside an addition would be fused with it, or not, by shape.
+    x = lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % lanes)]))
     while x.shape[-1] > 1:
-        x = lax.optimization_barrier(added(jnp.moveaxis(x.reshape(*x.shape[:-1], -1, lanes), -2, 0)))
-        lanes = max(1, lanes // 32)
+        x = added(jnp.moveaxis(x.reshape(*x.shape[:-1], -1, lanes), -2, 0))
+        x = lax.optimization_barrier(x) if long else x
+        lanes = max(1, lanes // fold)
     return x[..., 0]
 
 
-def tail_sums(order: jax.Array, weight: jax.Array | None, thresholds: jax.Array, *, row_sum=lane_sum,
-              count=lane_sum) -> jax.Array:
+def tail_sums(order: jax.Array, weight: jax.Array | None, thresholds: jax.Array, *, row_sum=row_sum,
+              count=row_sum) -> jax.Array:
     """For each threshold int32 [S, n] the sum of weight float32 [S, V] where order int32 [S, V] >= threshold -> float32 [S, n].
 
     Without weights their exact number, int32 [S, n]. A lower threshold never gives less, where weights are not negative.
@@ -141,7 +80,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x [..., D] divided by its root mean square and scaled by weight [D], computed in float32, in x's dtype."""
     wide = x.astype(jnp.float32)
     mean_square = row_sum(wide * wide)[..., None] / x.shape[-1]
-    return rounded(wide * lax.rsqrt(mean_square + eps) * weight.astype(jnp.float32), x.dtype)
+    # Not rsqrt, which processors approximate each in its own way: a square root and a quotient are exact everywhere.
+    scale = 1 / lax.optimization_barrier(jnp.sqrt(mean_square + eps))
+    return rounded(wide * scale * weight.astype(jnp.float32), x.dtype)
 
 
 def log_sum_exp(x: jax.Array) -> jax.Array:
@@ -182,17 +123,34 @@ def write_kv(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
     return flat.at[slots].set(rows.astype(pages.dtype), mode="drop", wrap_negative_indices=False).reshape(pages.shape)
 
 
-def _attention(tiles, load, seen, first, last, *, scale, softcap):
+def attention_products(forms: Forms):
+    """The two products of attention, in float32: scores(q [n, K, M, H], k [n, K, L, H]) -> [n, K, M, L] and
+    values(p [n, K, M, L], v [n, K, L, H]) -> [n, K, M, H]; a row's bits do not depend on n or M."""
+    def product(equation, a, b):
+        rows = a.shape[2]
+        a = jnp.concatenate([a] * -(-forms.attention_rows // rows), axis=2) if rows < forms.attention_rows else a
+        out = jnp.einsum(equation, lax.optimization_barrier(a), b, precision=precision(b.dtype), preferred_element_type=jnp.float32)
+        return lax.optimization_barrier(out)[:, :, :rows]
+
+    def values(p, v):
+        if forms.values_last:
+            return product("nkml,nkhl->nkmh", p, lax.optimization_barrier(v.swapaxes(2, 3)))
+        return product("nkml,nklh->nkmh", p, v)
+
+    return lambda q, k: product("nkmh,nklh->nkml", q, k), values
+
+
+def _attention(tiles, load, seen, first, last, *, scale, softcap, forms):
     """Softmax of q tiles [n, K, M, H] over splits first .. last - 1 -> float32 [n, K, M, H], zero for a row that sees nothing.
 
     load(i) -> k and v [n, K, SPLIT, H] of split i; seen(i) -> bool [n, 1, M, SPLIT], what each row sees of it.
     """
+    scores, values = attention_products(forms)
+
     def split_step(i, carry):
         top, total, acc = carry
         k, v = load(i)
-        score = jnp.einsum("nkmh,nklh->nkml", tiles, k, precision=precision(tiles.dtype),
-                           preferred_element_type=jnp.float32)
-        score = lax.optimization_barrier(score) * scale
+        score = scores(tiles, k) * scale
         if softcap is not None:
             # Fenced on both sides, or the division and the product are fused with what stands beside them, by shape.
             score = lax.optimization_barrier(jnp.tanh(lax.optimization_barrier(score / softcap)) * softcap)
@@ -201,9 +159,7 @@ def _attention(tiles, load, seen, first, last, *, scale, softcap):
         own_top = row_max(score)
         p = jnp.where(visible, jnp.exp(score - own_top), 0.0)
         own_total = row_sum(p)[..., None]
-        own_acc = lax.optimization_barrier(jnp.einsum(
-            "nkml,nklh->nkmh", lax.optimization_barrier(rounded(p, v.dtype)), v, precision=precision(v.dtype),
-            preferred_element_type=jnp.float32))
+        own_acc = values(rounded(p, v.dtype), v)
         new_top = jnp.maximum(top, own_top)
         old, own = jnp.exp(top - new_top), jnp.exp(own_top - new_top)
         # Of two products in a sum a compiler may fuse either with the addition, and chooses by shape: one is rounded before.
@@ -231,7 +187,8 @@ def _rows_of(tiles, per_tile):
 
 
 def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragged, *, scale: float,
-              window: int | None = None, softcap: float | None = None, static_bound: bool = False) -> jax.Array:
+              window: int | None = None, softcap: float | None = None, static_bound: bool = False,
+              forms: Forms = ASSUMED) -> jax.Array:
     """Causal attention of q [T, N, H] over the pages of each token's sequence -> [T, N, H] in q's dtype.
 
     A token sees positions p with own - window < p <= own (window None: all up to its own). With `static_bound` the
@@ -273,7 +230,7 @@ def attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, ragged: Ragg
             lowest = jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max).min()
             first = jnp.clip(lowest - window + 1, 0) // SPLIT
             first = jnp.minimum(first, last)
-    out = _attention(_tiles_of(tiles, kv_heads), load, seen, first, last, scale=scale, softcap=softcap)
+    out = _attention(_tiles_of(tiles, kv_heads), load, seen, first, last, scale=scale, softcap=softcap, forms=forms)
     out = _rows_of(rounded(out, q.dtype), per_tile)
     return out if ragged.query_start is None else rows_at(out, dealt.place)
 
@@ -286,7 +243,7 @@ def attend(q, k, v, k_pages, v_pages, ragged: Ragged, **options):
 
 
 def attend_bidirectional(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, *, scale: float, window: int | None = None,
-                         softcap: float | None = None, static_bound: bool = False) -> jax.Array:
+                         softcap: float | None = None, static_bound: bool = False, forms: Forms = ASSUMED) -> jax.Array:
     """Attention of q [T, N, H] over k and v [T, K, H] of whole sequences that follow one another -> [T, N, H] in q's dtype.
 
     starts int32 [S + 1]: the first token of each sequence, from 0, and the end of the last; tokens past it give zeros.
@@ -320,5 +277,5 @@ def attend_bidirectional(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.A
 
     held = dealt.source[:, 0] < tokens
     last = most if static_bound else jnp.where(held, last_seen // SPLIT + 1 - base, 0).max()
-    out = _attention(_tiles_of(rows_at(q, dealt.source), kv_heads), load, seen, 0, last, scale=scale, softcap=softcap)
+    out = _attention(_tiles_of(rows_at(q, dealt.source), kv_heads), load, seen, 0, last, scale=scale, softcap=softcap, forms=forms)
     return rows_at(_rows_of(rounded(out, q.dtype), QUERY_TILE), dealt.place)

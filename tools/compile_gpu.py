@@ -216,7 +216,7 @@ def engine_programs(shape: str, card: str, array, kernels, layers: int | None, a
     pages, length = plan_cache(cfg, 2, int(0.9 * CARDS[card]["memory"]) - size(params), max_model_len=None,
                                max_num_seqs=counts["max_num_seqs"], page_size=PAGE)
     config = EngineConfig(max_model_len=length, num_pages=pages, page_size=PAGE, **counts)
-    cache = jax.eval_shape(lambda: decoder.empty_cache(cfg, pages, PAGE, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: decoder.empty_cache(cfg, config.cache_pages, PAGE, jnp.bfloat16))
     cache, last, programs = on_card(cache), array((config.max_num_seqs,), jnp.int32), runner.programs(cfg, kernels)
     for kind, buckets, some in (("decode", batch.decode_buckets(config), ROWS), ("prefill", batch.prefill_buckets(config), TOKENS)):
         for t in buckets if all_buckets else [t for t in buckets if t in some]:

@@ -131,7 +131,7 @@ def as_json(index: int, result) -> dict:
         "outputs": [{"index": o.index, "text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason,
                      "stop_reason": o.stop_reason, "logprobs": o.logprobs and [table(row) for row in o.logprobs],
                      "cumulative_logprob": o.cumulative_logprob} for o in result.outputs],
-        "seed": result.seed, "system_fingerprint": result.system_fingerprint,
+        "seed": result.seed, "system_fingerprint": result.system_fingerprint, "reproducible": result.reproducible,
     }
     if result.prompt_logprobs is not None:
         out["prompt_logprobs"] = [table(row) for row in result.prompt_logprobs]

@@ -34,6 +34,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-prefix-caching", action="store_true")
     group.add_argument("--kernels", default="auto", help="default: the best that this device takes")
     group.add_argument("--fast", action="store_true", help="give up that bits do not depend on the batch (see: jaxllm bench reproducible)")
+    group.add_argument("--strict", action="store_true", help="compile and prove every program first; refuse to start if one fails")
+    group.add_argument("--portable", action="store_true", help="sums in the order that every processor seen so far has (CPU, float32 and float16)")
     group.add_argument("--compile-cache-dir", metavar="DIR",
                        help="compiled programs are kept here; 'off': nowhere (default: $JAXLLM_CACHE_DIR, else ~/.cache/jaxllm)")
 
@@ -56,12 +58,14 @@ def _json_object(text: str) -> dict:
 def make_llm(args, **more):
     """The LLM that the model and engine options describe. `more` may say `reproducible` itself."""
     from jaxllm.llm import LLM
-    more.setdefault("reproducible", not args.fast)
+    if args.fast and (args.strict or args.portable):
+        raise UsageError("--fast gives up what --strict and --portable ask for; leave one of them out")
+    more.setdefault("reproducible", "strict" if args.strict else not args.fast)
     return LLM(args.model, tokenizer=args.tokenizer, dtype=args.dtype, load_format=args.load_format, hf_overrides=args.hf_overrides,
                max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens,
                kv_cache_memory_bytes=args.kv_cache_memory_bytes, gpu_memory_utilization=args.gpu_memory_utilization,
                enable_prefix_caching=not args.no_prefix_caching, kernels=args.kernels,
-               pt_load_map_location=args.pt_load_map_location,
-               compile_cache_dir=None if args.compile_cache_dir == "off" else args.compile_cache_dir, **more)
+               pt_load_map_location=args.pt_load_map_location, portable=args.portable and more["reproducible"] is not False,
+               compile_cache_dir=args.compile_cache_dir, **more)
 
 

@@ -54,7 +54,7 @@ def padding(t: int, decode: bool, config: EngineConfig) -> Batch:
     """A batch of `t` padding tokens. They write one past the last slot, which the cache drops: slot 0 is live."""
     s = t if decode else min(t, config.max_num_seqs)
     ragged = Ragged(
-        positions=np.zeros(t, np.int32), slots=np.full(t, config.num_pages * config.page_size, np.int32),
+        positions=np.zeros(t, np.int32), slots=np.full(t, config.cache_pages * config.page_size, np.int32),
         kv_len=np.zeros(s, np.int32), block_tables=np.zeros((s, config.pages_per_seq), np.int32),
         query_start=None if decode else np.zeros(s + 1, np.int32))
     return Batch(np.zeros(t, np.int32), np.full(t, -1, np.int32), ragged, None if decode else np.zeros(s, np.int32))

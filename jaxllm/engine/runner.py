@@ -6,6 +6,7 @@ host can read the last step's tokens, and build masks and penalties from them, w
 """
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.config import EngineConfig, ModelConfig
+from jaxllm.config import SCRATCH_PAGES, EngineConfig, ModelConfig
 from jaxllm.engine import batch as batches
+from jaxllm.engine import proof as proofs
 from jaxllm.engine import sampler
 from jaxllm.engine.batch import Batch
 from jaxllm.engine.sampler import Drawn, Features
 from jaxllm.engine.scheduler import Plan
+from jaxllm.machine import Facts
 from jaxllm.models import decoder
+from pallas_kernels import probe
 from pallas_kernels.dispatch import Kernels
 
+log = logging.getLogger("jaxllm")
 SCORE_ROWS = 64  # positions scored by one call of `score`: bounds its [rows, V] logits
 
 
@@ -84,10 +89,19 @@ AS_WRITTEN = {"xla_disable_hlo_passes": "rematerialization"}
 
 def programs(cfg: ModelConfig, kernels: Kernels) -> Programs:
     """What a `Runner` of this model runs."""
+    options = kernels.compiler_options or None
     return Programs(
-        jax.jit(partial(forward, cfg=cfg, kernels=kernels), donate_argnames="cache", compiler_options=AS_WRITTEN),
-        jax.jit(partial(sampler.sample, kernels=kernels), static_argnames="features", donate_argnames="last_token"),
-        jax.jit(partial(score, cfg=cfg, kernels=kernels), static_argnames="top"))
+        jax.jit(partial(forward, cfg=cfg, kernels=kernels), donate_argnames="cache",
+                compiler_options=AS_WRITTEN | kernels.compiler_options),
+        jax.jit(partial(sampler.sample, kernels=kernels), static_argnames="features", donate_argnames="last_token",
+                compiler_options=options),
+        jax.jit(partial(score, cfg=cfg, kernels=kernels), static_argnames="top", compiler_options=options))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _pages(shape: tuple[int, ...], dtype, scratch: int, key) -> jax.Array:
+    """Zeroed pages, but the last `scratch` of them, which hold random numbers."""
+    return jnp.zeros(shape, dtype).at[-scratch:].set(jax.random.normal(key, (scratch, *shape[1:])).astype(dtype))
 
 
 @dataclasses.dataclass
@@ -103,32 +117,97 @@ class Step:
 
 
 class Runner:
-    """Holds weights and cache on the device and runs steps in order. Not thread-safe: one engine owns it."""
+    """Holds weights and cache on the device and runs steps in order. Not thread-safe: one engine owns it.
 
-    def __init__(self, cfg: ModelConfig, params, config: EngineConfig, kernels: Kernels, compile_cache_dir: Path | None = None):
+    `unproven` names what the start-up proof found to depend on the batch and could not mend; nothing is proven with facts None.
+    """
+
+    def __init__(self, cfg: ModelConfig, params, config: EngineConfig, kernels: Kernels, compile_cache_dir: Path | None = None,
+                 facts: Facts | None = None):
         self.cfg, self.params, self.config, self.kernels = cfg, params, config, kernels
         self._cache_dir, self._compiled = compile_cache_dir, set()
-        dtype = params.embedding.dtype
-        self.cache = decoder.empty_cache(cfg, config.num_pages, config.page_size, dtype)
+        self._dtype = params.embedding.dtype
+        self.cache = self._empty_cache()
         self.last_token = jnp.zeros(config.max_num_seqs, jnp.int32)
-        self._programs = programs(cfg, kernels)
+        self._programs = {None: programs(cfg, kernels)}  # of some steps others, where the proof asked for safer forms
+        about = [repr(cfg), repr(dataclasses.replace(config, seed=0)), str(self._dtype), kernels.name, repr(kernels.forms)]
+        self.proof = facts and proofs.Proof(facts, about)
+        self.unproven: list[str] = []
+
+    def _empty_cache(self):
+        """Pages that hold nothing, and the scratch pages of the proof."""
+        with own_configuration(), compilation_cache(self._cache_dir):
+            cache = jax.eval_shape(lambda: decoder.empty_cache(self.cfg, self.config.cache_pages, self.config.page_size, self._dtype))
+            leaves, tree = jax.tree.flatten(cache)
+            keys = jax.random.split(jax.random.key(0), len(leaves))
+            return jax.tree.unflatten(tree, [_pages(a.shape, a.dtype, SCRATCH_PAGES, key) for a, key in zip(leaves, keys)])
 
     def forward(self, plan: Plan) -> Step:
-        """The step, dispatched; nothing is waited for."""
+        """The step, dispatched; nothing is waited for, but for the proof of a program that runs for the first time."""
         batch = batches.build(plan, self.config)
-        with self._configured("forward", batch.tokens.shape, plan.decode):
-            hidden, logits, self.cache = self._programs.forward(self.params, self.cache, self.last_token, batch)
-            step = Step(plan, hidden, logits)
+        self._prove_forward(len(batch.tokens), plan.decode)
+        hidden, logits = self._run_forward(batch, plan.decode)
+        step = Step(plan, hidden, logits)
+        with self._configured("score"):
             self._score_prompts(step)
-            return step
+        return step
+
+    def _run_forward(self, batch: Batch, decode: bool):
+        rows = len(batch.tokens)
+        with self._configured("forward", rows, decode):
+            hidden, logits, self.cache = self._programs_of(rows, decode).forward(self.params, self.cache, self.last_token, batch)
+            return hidden, logits
 
     def draw(self, step: Step) -> None:
         """The tokens of the step's sequences, dispatched."""
         inputs, step.features = batches.sampling_inputs(step.plan.work, step.logits.shape[0], self.cfg.vocab_size, self.config)
-        with self._configured("draw", step.logits.shape, step.features):
-            step.drawn, self.last_token = self._programs.draw(step.logits, self.last_token, inputs, features=step.features)
+        self._prove_draw(step.logits.shape[0], step.features)
+        step.drawn = self._run_draw(step.logits, inputs, step.features)
         for leaf in jax.tree.leaves(step.drawn):
             leaf.copy_to_host_async()
+
+    def _run_draw(self, logits, inputs, features: Features) -> Drawn:
+        with self._configured("draw", logits.shape, features):
+            drawn, self.last_token = self._programs[None].draw(logits, self.last_token, inputs, features=features)
+            return drawn
+
+    # -- the start-up proof ------------------------------------------------------------------------------------------
+
+    def _programs_of(self, rows: int, decode: bool) -> Programs:
+        return self._programs.get((rows, decode), self._programs[None])
+
+    def _prove_forward(self, rows: int, decode: bool) -> None:
+        """The program of a step has the bits of those before it: by the next safer forms if need be, or `unproven` says so."""
+        def run(program) -> proofs.Bits:
+            batch, places = proofs.forward_batch(*program, self.config, self.cfg.vocab_size)
+            _, logits = self._run_forward(batch, program[1])
+            return proofs.bits_of([np.asarray(logits)], places)
+
+        kernels = self.kernels
+        while self.proof and self.proof.differing("forward", (rows, decode), run):
+            safer = kernels.safer(rows)
+            if safer is None:
+                return self._not_proven(f"{'decode' if decode else 'prefill'} steps of {rows} tokens", kernels, rows)
+            kernels = safer
+            self._programs[rows, decode] = programs(self.cfg, kernels)
+            self._compiled.discard(("forward", rows, decode))
+            log.info("the start-up proof takes safer forms for %d rows", rows)
+
+    def _prove_draw(self, rows: int, features: Features) -> None:
+        def run(rows) -> proofs.Bits:
+            logits, inputs, places = proofs.draw_inputs(rows, features, self.cfg.vocab_size, self.config)
+            return proofs.bits_of([np.asarray(leaf) for leaf in jax.tree.leaves(self._run_draw(jnp.asarray(logits), inputs, features))], places)
+
+        if self.proof and self.proof.differing(features, rows, run):
+            self._not_proven(f"draws of {rows} rows", self.kernels, rows)
+
+    def _not_proven(self, what: str, kernels: Kernels, rows: int) -> None:
+        with own_configuration():
+            sums = probe.differing(kernels, decoder.product_shapes(self.cfg), self._dtype, rows)
+        said = f"{what} ({', '.join(sums) or 'no sum alone: what XLA fuses around them'})"
+        if said not in self.unproven:
+            self.unproven.append(said)
+            log.warning("NOT REPRODUCIBLE: the bits of %s depend on the batch on this machine", said)
 
     def read(self, step: Step) -> tuple[Drawn, list[tuple[int, int, int, Drawn]]]:
         """What the step drew and scored, as numpy, waited for."""
@@ -148,7 +227,7 @@ class Runner:
                     rows, ids = np.full(SCORE_ROWS, at, np.int32), np.zeros(SCORE_ROWS, np.int32)
                     rows[:len(part)] = at + first + np.arange(len(part))
                     ids[:len(part)] = part
-                    drawn = self._programs.score(self.params, step.hidden, rows, ids, top=top)
+                    drawn = self._programs[None].score(self.params, step.hidden, rows, ids, top=top)
                     step.scored.append((i, work.start + first, len(part), drawn))
             at += work.count
 
@@ -160,23 +239,23 @@ class Runner:
         self._compiled.add(program)
 
     def warmup(self) -> int:
-        """Compiles forward and greedy and random draws for every shape, on padding alone; the number of programs."""
-        empty = Plan(())
+        """Compiles, and proves, forward and greedy and random draws for every shape; the number of programs."""
         shapes = [(n, True) for n in batches.decode_buckets(self.config)] + [(n, False) for n in batches.prefill_buckets(self.config)]
         for tokens, decode in shapes:
+            self._prove_forward(tokens, decode)
             batch = batches.padding(tokens, decode, self.config)
-            with self._configured("forward", batch.tokens.shape, decode):
-                _, logits, self.cache = self._programs.forward(self.params, self.cache, self.last_token, batch)
+            _, logits = self._run_forward(batch, decode)
             for features in (Features(), Features(random=True), Features(random=True, truncated=True)):
-                inputs, _ = batches.sampling_inputs(empty.work, logits.shape[0], self.cfg.vocab_size, self.config)
-                with self._configured("draw", logits.shape, features):
-                    drawn, self.last_token = self._programs.draw(logits, self.last_token, inputs, features=features)
+                self._prove_draw(logits.shape[0], features)
+                inputs, _ = batches.sampling_inputs((), logits.shape[0], self.cfg.vocab_size, self.config)
+                drawn = self._run_draw(logits, inputs, features)
         jax.block_until_ready(drawn)
         return sum(self.compiled_programs().values())
 
     def compiled_programs(self) -> dict[str, int]:
         """How many programs each of the three has been compiled to."""
-        return {field.name: getattr(self._programs, field.name)._cache_size() for field in dataclasses.fields(Programs)}
+        return {field.name: sum(getattr(p, field.name)._cache_size() for p in self._programs.values())
+                for field in dataclasses.fields(Programs)}
 
     def close(self) -> None:
         """Gives the device memory of cache and weights back."""

@@ -15,6 +15,7 @@ from jaxllm.config import LayerSpec, ModelConfig
 from jaxllm.layers.linear import Linear, linear_norm, linears
 from jaxllm.layers.rope import rotate
 from pallas_kernels.dispatch import REFERENCE, Kernels
+from pallas_kernels.probe import Shapes
 from pallas_kernels.ragged import Ragged, contiguous
 
 PAGE_SIZE = 16  # of the throw-away cache of `whole`
@@ -77,6 +78,12 @@ def template(cfg: ModelConfig, dtype) -> Decoder:
         mlp_norm=array(d),
         gate=affine(f, d, cfg.mlp_bias), up=affine(f, d, cfg.mlp_bias), down=affine(d, f, cfg.mlp_bias))
     return Decoder(array(cfg.vocab_size, d), (layer,) * len(cfg.layers), array(d), None if cfg.tied else array(cfg.vocab_size, d))
+
+
+def product_shapes(cfg: ModelConfig) -> Shapes:
+    """The matrix products of a model: what a machine is asked about before it promises the bits of their sums."""
+    d, f, q, kv = cfg.width, cfg.mlp_width, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    return Shapes(((d, q), (d, kv), (q, d), (d, f), (f, d), (d, cfg.vocab_size)), cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
 
 
 def _attention(cfg: ModelConfig, spec: LayerSpec, p: Layer, normed, k_pages, v_pages, ragged: Ragged, kernels: Kernels):

@@ -1,0 +1,211 @@
+"""What this machine's library does with a sum, found by asking it: the `Forms` for the products of a model.
+
+Bits decide which law holds and which forms have it; the clock decides only among forms of equal bits. So two probes of one
+machine may find different forms, and never different bits.
+"""
+import dataclasses
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import forms as all_forms
+from pallas_kernels.forms import FORMS, QUICK, SAFE, Forms, Law, possible
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 512)  # numbers of rows that are tried; between two of them the form of the larger is taken
+DISTINCT = 7                           # rows that differ; they repeat, so that a row meets every place of a tile
+MOST_COLUMNS = 2048                    # N beyond it is tried as this and N's last 64
+PORTABLE = Law(512, True)              # what the libraries of every processor seen so far can do
+QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}  # of programs that are the library's product, and little beside it
+REPEATS = 3                            # timings of each program; the least counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The products of a model."""
+
+    products: tuple[tuple[int, int], ...]  # (K, N) of each weight
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def laws(dtype, portable: bool) -> tuple[Law, ...]:
+    """The laws that are tried, the first that holds everywhere is taken.
+
+    The longer chain first: where the library has it, few rows need no chunks beside one another (docs/cpu-results.md). In bfloat16 the
+    library's own order first: CONSISTENT forbids a processor's matrix unit, and costs up to 6.5 times there.
+    """
+    if portable:
+        return (PORTABLE,)
+    own, chains = (Law(None, False), Law(None, True)), (Law(1024, False), PORTABLE)
+    return (own[0], *chains, own[1]) if dtype == jnp.bfloat16 else (*chains, *reversed(own))
+
+
+def find(shapes: Shapes, dtype, *, portable: bool = False, split: int = 128, tile: int = 32) -> Forms:
+    """The Forms for a model's products in `dtype` on the default CPU device; takes a second or two.
+
+    Every form is compared with the law as XLA writes it out, or, for the library's own order, with itself at 64 rows. Where no
+    quick form has a law's bits for some shape and number of rows, the safe ones are taken.
+    """
+    dtype = jnp.dtype(dtype)
+    cases = [_Case(k, n, dtype) for k, n in dict.fromkeys((k, _columns(n)) for k, n in shapes.products)]
+    heads = _Heads(shapes, dtype, split, tile)
+    tried = laws(dtype, portable)
+    with jax.ensure_compile_time_eval(), ThreadPoolExecutor() as pool:
+        for names, law in [(QUICK, law) for law in tried] + [(QUICK + SAFE, PORTABLE)]:
+            attention = heads.holds(law, pool)
+            table = attention and _table(cases, law, dtype, names, pool)
+            if table:
+                found = tuple(((k, n), table[k, _columns(n)]) for k, n in dict.fromkeys(shapes.products))
+                return Forms(law, found, *attention, proven=True)
+    return Forms(PORTABLE)
+
+
+def _columns(n: int) -> int:
+    return n if n <= MOST_COLUMNS else MOST_COLUMNS + n % 64
+
+
+def _table(cases, law: Law, dtype, names: Iterable[str], pool) -> dict | None:
+    """{(K, N): ((rows, form), ...)} by the fastest of the forms that have the law's bits; None where some rows have none."""
+    anchors = dict(zip(cases, pool.map(lambda case: case.anchor(law), cases)))
+    table = {(case.k, case.n): [] for case in cases}
+    for rows in ROWS:
+        for group in ([n for n in names if n in QUICK], [n for n in names if n in SAFE]):
+            todo = [(case, name) for case in cases if len(table[case.k, case.n]) <= ROWS.index(rows)
+                    for name in group if possible(name, case.k, case.n, rows, law, dtype)]
+            programs = list(pool.map(lambda at: at[0].program(at[1], rows, law), todo))
+            times = {}
+            for (case, name), program in zip(todo, programs):
+                seconds = case.seconds_if_equal(program, rows, anchors[case])
+                if seconds is not None:
+                    times.setdefault((case.k, case.n), []).append((seconds, name))
+            for shape, found in times.items():
+                table[shape].append((rows, min(found)[1]))
+        if any(len(entries) <= ROWS.index(rows) for entries in table.values()):
+            return None
+    return {shape: tuple(entries) for shape, entries in table.items()}
+
+
+class _Case:
+    """One shape of a product, with numbers to try it on: large and small, and a row of zeros."""
+
+    def __init__(self, k: int, n: int, dtype):
+        rng = np.random.default_rng([k, n])
+        self.k, self.n, self.dtype = k, n, dtype
+        self.w = jnp.asarray((rng.random((n, k), np.float32) - 0.5) * (12 / k) ** 0.5, dtype)
+        distinct = rng.standard_normal((DISTINCT, k), np.float32) * np.exp(rng.standard_normal((1, k), np.float32))
+        distinct[-1] = 0
+        self.distinct = distinct.astype(dtype)
+        self.program = cache(self._program)
+
+    def rows(self, count: int) -> np.ndarray:
+        return np.resize(self.distinct, (count, self.k))
+
+    def _program(self, name: str, rows: int, law: Law):
+        """(compiled, its operands, what makes [rows, N] of its result) of a form. Of the quick forms the library's product alone is
+        compiled here, and numpy does the rest: it is moved and added, exactly."""
+        x = self.rows(rows)
+        if name == "left":
+            function, operands = all_forms.library, (self.w, jnp.asarray(all_forms.spread(x, law, np)))
+            finish = lambda out: all_forms.gathered(out, x.shape, law)
+        elif name == "plain":
+            function, operands = all_forms.library, (jnp.asarray(all_forms.at_least_two(x, np)), self.w)
+            finish = lambda out: out[:rows]
+        else:
+            function, operands, finish = partial(FORMS[name], law=law), (jnp.asarray(x), self.w), lambda out: out
+        options = law.compiler_options | (QUICKLY_COMPILED if name in ("left", "plain") else {})
+        return jax.jit(function, compiler_options=options or None).lower(*operands).compile(), operands, finish
+
+    def anchor(self, law: Law) -> np.ndarray:
+        """[DISTINCT, N]: the law's bits, by XLA's own loops; of the library's own order, what it gives 64 rows."""
+        if law.chunk is None:
+            compiled, operands, _ = self.program("plain", 64, law)
+            return np.asarray(compiled(*operands))[:DISTINCT]
+        # The order is what the law says; the flag belongs to the library. One program, run for each row.
+        one_by_one = possible("stream", self.k, self.n, 1, law, jnp.float32)
+        compiled, _, _ = self.program("stream" if one_by_one else "written", 1 if one_by_one else DISTINCT, law)
+        parts = [self.distinct[i:i + 1] for i in range(DISTINCT)] if one_by_one else [self.distinct]
+        return np.concatenate([np.asarray(compiled(jnp.asarray(part), self.w)) for part in parts])
+
+    def seconds_if_equal(self, program, rows: int, anchor: np.ndarray) -> float | None:
+        compiled, operands, finish = program
+        out = finish(np.asarray(compiled(*operands)))
+        if np.ascontiguousarray(out).tobytes() != np.resize(anchor, out.shape).tobytes():
+            return None
+        times = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*operands))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+
+class _Heads:
+    """The two products of attention: scores q . k over the head's width, and p . v over a split."""
+
+    def __init__(self, shapes: Shapes, dtype, split: int, tile: int):
+        self.dtype, self.kv_heads, self.width, self.split = dtype, shapes.kv_heads, shapes.head_dim, split
+        self.group = shapes.heads // shapes.kv_heads
+        self.rows = (self.group, tile * self.group)       # of a decode step and of a prefill's tile
+        rng = np.random.default_rng([self.group, self.width])
+        draw = lambda *shape: rng.standard_normal(shape, np.float32)
+        self.q, self.k, self.v = draw(self.group, self.width), draw(split, self.width), draw(split, self.width)
+        self.p = np.exp(draw(self.group, split))
+
+    def holds(self, law: Law, pool) -> tuple[int, bool] | None:
+        """(attention_rows, values_last) under which rows have the law's bits in every company; the cheapest; None if nothing does."""
+        for floor in (2, 4, 8):
+            for last in (False, True):
+                if self._holds(law, floor, last, pool):
+                    return floor, last
+        return None
+
+    def _holds(self, law: Law, floor: int, last: bool, pool) -> bool:
+        from pallas_kernels.reference import attention_products
+        forms = dataclasses.replace(Forms(law), attention_rows=floor, values_last=last)
+        scores, values = attention_products(forms)
+        as_law = Law(law.chunk and max(law.chunk, self.split, self.width), law.consistent)
+
+        def run(company):
+            """[(got, q rows, p rows)] of one number of sequences, for each number of rows."""
+            out = []
+            for rows in self.rows:
+                tile = lambda a: jnp.asarray(np.broadcast_to(np.resize(a, (rows, a.shape[1])), (company, self.kv_heads, rows, a.shape[1])))
+                k, v = (jnp.asarray(np.broadcast_to(a, (company, self.kv_heads, *a.shape)), self.dtype) for a in (self.k, self.v))
+                both = jax.jit(lambda q, p, k, v: (scores(q, k), values(p, v)), compiler_options=law.compiler_options | QUICKLY_COMPILED)
+                out.append(both(tile(self.q).astype(self.dtype), tile(self.p).astype(self.dtype), k, v))
+            return [np.asarray(a) for pair in out for a in pair]
+
+        results = list(pool.map(run, (1, 5)))
+        if law.chunk is None:
+            anchors = [a[0, 0, :self.group] for a in results[0][2:]]
+        else:
+            write = jax.jit(partial(all_forms.written, law=as_law))
+            anchors = [np.asarray(write(jnp.asarray(a, self.dtype), jnp.asarray(b, self.dtype)))
+                       for a, b in ((self.q, self.k), (self.p, np.ascontiguousarray(self.v.T)))]
+        return all(a.tobytes() == np.broadcast_to(np.resize(anchors[i % 2], a.shape[2:]), a.shape).tobytes()
+                   for company in results for i, a in enumerate(company))
+
+
+def differing(kernels, shapes: Shapes, dtype, rows: int, many: int = 64) -> list[str]:
+    """The names of the sums of `kernels` of which a row among `rows` has other bits than among `many`; what a failed proof reports."""
+    dtype = jnp.dtype(dtype)
+    width = shapes.products[0][0]
+    draw = lambda *shape: jnp.asarray(np.random.default_rng(shape).standard_normal(shape, np.float32))
+    sums = {f"the product of K {k} and N {n}": (k, partial(kernels.matmul, w=draw(n, k).astype(dtype), out_dtype=jnp.float32))
+            for k, n in dict.fromkeys((k, _columns(n)) for k, n in shapes.products)}
+    sums["rms_norm"] = width, lambda x: kernels.rms_norm(x, jnp.ones(width, dtype), 1e-5)
+    sums["log_sum_exp"] = shapes.products[-1][1], lambda x: kernels.log_sum_exp(x.astype(jnp.float32))
+    found = []
+    for name, (k, function) in sums.items():
+        x = draw(max(rows, many), k).astype(dtype)
+        few, most = (np.asarray(jax.jit(function, compiler_options=kernels.compiler_options or None)(x[:n])) for n in (rows, many))
+        both = min(rows, many)
+        if few[:both].tobytes() != most[:both].tobytes():
+            found.append(name)
+    return found
