@@ -263,7 +263,8 @@ class LLM:
 
     def _live(self, request: Request, text: str | None) -> _Live:
         p = request.params
-        outputs = [CompletionOutput(i, "", [], 0.0 if p.logprobs is not None else None, [] if p.logprobs is not None else None)
+        outputs = [CompletionOutput(i, "", [], 0.0 if p.logprobs is not None else None, [] if p.logprobs is not None else None,
+                                    logits_digests=[] if p.logits_digest else None)
                    for i in range(p.n)]
         streams = [TextStream(self.tokenizer, request.prompt, stop=p.stop, include_stop_str_in_output=p.include_stop_str_in_output,
                               skip_special_tokens=p.skip_special_tokens,
@@ -281,6 +282,8 @@ class LLM:
         if event.logprobs is not None:
             out.cumulative_logprob += event.logprobs.logprob
             out.logprobs.append(self._logprobs(event.token, event.logprobs))
+        if event.logits_digest is not None:
+            out.logits_digests.append(event.logits_digest)
         if event.prompt_logprobs is not None:
             live.output.prompt_logprobs = [None] + [
                 self._logprobs(token, lp) for token, lp in zip(live.request.prompt[1:], event.prompt_logprobs, strict=True)]

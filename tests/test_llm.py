@@ -138,6 +138,40 @@ def test_an_interrupted_call_leaves_nothing_behind(llm):
     assert llm.generate("a", greedy(3))[0].finished
 
 
+def test_digests_of_whole_rows_come_to_those_who_ask_and_are_those_of_the_plain_function(llm):
+    from jaxllm.engine.runner import own_configuration
+    from jaxllm.engine.sampler import row_digests
+    from jaxllm.models import decoder
+    asks = SamplingParams(max_tokens=6, temperature=1.0, n=2, logits_digest=True, ignore_eos=True)
+    asking, plain, stopped = llm.generate(["hello", "hello", "hello"], [asks, greedy(), letters(llm, 60, stop=["e"], logits_digest=True)])
+    assert [o.logits_digests for o in plain.outputs] == [None]
+    for out in (*asking.outputs, *stopped.outputs):
+        ids = stopped.prompt_token_ids + out.token_ids
+
+        def rows(params):
+            hidden = decoder.whole(llm.model_config, params, np.asarray([ids]), kernels=llm.kernels)[0]
+            return row_digests(decoder.unembed(llm.model_config, params, hidden, kernels=llm.kernels))
+
+        with own_configuration():
+            want = np.asarray(jax.jit(rows)(llm.params))[len(stopped.prompt_token_ids) - 1:-1]
+        assert out.logits_digests == [f"{a:08x}{b:08x}" for a, b in want]
+    assert stopped.outputs[0].stop_reason == "e" and stopped.outputs[0].logprobs is None
+
+
+@pytest.mark.parametrize("name", ["logits_digest", "ignore_eos", "detokenize"])
+def test_a_flag_is_true_or_false(name):
+    with pytest.raises(UsageError, match=f"{name}='false'; it must be true or false"):
+        SamplingParams(**{name: "false"})
+
+
+@pytest.mark.parametrize("name,value", [
+    ("stop", 3), ("stop", {"a": 1}), ("stop", [3]), ("bad_words", 1.5), ("stop_token_ids", 3), ("stop_token_ids", ["a", 1]),
+    ("stop_token_ids", [[1]]), ("allowed_token_ids", 3), ("allowed_token_ids", "12"), ("logit_bias", [1]), ("logit_bias", 3)])
+def test_a_list_or_a_table_of_another_type_is_refused_by_name(name, value):
+    with pytest.raises(UsageError, match=name):
+        SamplingParams(**{name: value})
+
+
 def test_chat_needs_a_template_and_messages(llm):
     with pytest.raises(UsageError, match="template"):
         llm.chat([{"role": "user", "content": "hi"}])
