@@ -41,3 +41,4 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # the first is None: nothing comes before it
     num_cached_tokens: int = 0
     system_fingerprint: str | None = None
+    chat_date: str | None = None                           # what the chat template was told is now, if it asked; replays the prompt
