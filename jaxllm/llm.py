@@ -25,6 +25,7 @@ from jaxllm.loading import load_model, shapes
 from jaxllm.models.decoder import product_shapes
 from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxllm.sampling_params import SamplingParams
+from jaxllm.text.chat import read_date
 from jaxllm.text.stream import TextStream
 from jaxllm.text.tokenizer import load_tokenizer
 from pallas_kernels import dispatch
@@ -204,14 +205,22 @@ class LLM:
              on_delta: OnDelta | None = None, chat_template: str | None = None, add_generation_prompt: bool = True,
              continue_final_message: bool = False, tools: list[dict] | None = None,
              chat_template_kwargs: dict | None = None) -> list[RequestOutput]:
-        """One RequestOutput for each conversation; `messages` is one list of {"role", "content"} or a list of such lists."""
+        """One RequestOutput for each conversation; `messages` is one list of {"role", "content"} or a list of such lists.
+
+        chat_template_kwargs reach the template; "chat_date" among them is what a template that reads the date is told is now
+        (ISO 8601 text; default: the clock). The output's chat_date says what it was.
+        """
         if not messages:
             raise UsageError("messages is empty; give at least one message", "messages")
         conversations = [messages] if isinstance(messages[0], dict) else messages
-        prompts = [(None, self.get_tokenizer().apply_chat(
-            m, chat_template=chat_template, add_generation_prompt=add_generation_prompt, tools=tools,
-            continue_final_message=continue_final_message, **(chat_template_kwargs or {}))) for m in conversations]
-        return self._run(prompts, sampling_params, use_tqdm, on_delta)
+        options = {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt, "tools": tools,
+                   "continue_final_message": continue_final_message, **(chat_template_kwargs or {})}
+        options["chat_date"] = read_date(options.get("chat_date"))  # one for all conversations
+        prompts = [self.get_tokenizer().chat_prompt(m, **options) for m in conversations]
+        outputs = self._run([(None, ids) for ids, _ in prompts], sampling_params, use_tqdm, on_delta)
+        for output, (_, date) in zip(outputs, prompts, strict=True):
+            output.chat_date = date
+        return outputs
 
     def _prompts(self, prompts) -> list[tuple[str | None, list[int]]]:
         single = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], int))
@@ -313,7 +322,8 @@ class LLM:
 
     def _live(self, request: Request, text: str | None) -> _Live:
         p = request.params
-        outputs = [CompletionOutput(i, "", [], 0.0 if p.logprobs is not None else None, [] if p.logprobs is not None else None)
+        outputs = [CompletionOutput(i, "", [], 0.0 if p.logprobs is not None else None, [] if p.logprobs is not None else None,
+                                    logits_digests=[] if p.logits_digest else None)
                    for i in range(p.n)]
         streams = [TextStream(self.tokenizer, request.prompt, stop=p.stop, include_stop_str_in_output=p.include_stop_str_in_output,
                               skip_special_tokens=p.skip_special_tokens,
@@ -331,6 +341,8 @@ class LLM:
         if event.logprobs is not None:
             out.cumulative_logprob += event.logprobs.logprob
             out.logprobs.append(self._logprobs(event.token, event.logprobs))
+        if event.logits_digest is not None:
+            out.logits_digests.append(event.logits_digest)
         if event.prompt_logprobs is not None:
             live.output.prompt_logprobs = [None] + [
                 self._logprobs(token, lp) for token, lp in zip(live.request.prompt[1:], event.prompt_logprobs, strict=True)]

@@ -22,6 +22,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None       # for each token: itself and the likeliest
     finish_reason: str | None = None                       # stop, length, abort; None while it runs
     stop_reason: int | str | None = None                   # the stop token or text that ended it
+    logits_digests: list[str] | None = None                # for each token: 16 hex digits of the logits that it was drawn from
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -41,3 +42,4 @@ class RequestOutput:
     num_cached_tokens: int = 0
     system_fingerprint: str | None = None
     reproducible: bool = True                              # False: asked for, or a program of this machine failed its proof
+    chat_date: str | None = None                           # what the chat template was told is now, if it asked; replays the prompt

@@ -3,6 +3,7 @@ import dataclasses
 import logging
 import math
 import numbers
+from collections.abc import Iterable, Mapping
 
 from jaxllm.errors import UsageError
 
@@ -42,6 +43,7 @@ class SamplingParams:
     seed: int | None = None                   # None or -1: derived from the engine's seed and the request's identity
     logprobs: int | None = None               # likeliest tokens to report beside the drawn one; -1: the vocabulary
     prompt_logprobs: int | None = None
+    logits_digest: bool = False               # report a hash of each whole row of logits drawn from; the prompt's rows have none
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -50,7 +52,11 @@ class SamplingParams:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (normalising a frozen value once)
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
-            put(name, [value] if isinstance(value, str) else list(value or []))
+            put(name, [value] if isinstance(value, str) else _list(name, value) or [])
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            put(name, _list(name, getattr(self, name)))
+            for token in getattr(self, name) or ():
+                _integer(name, token, 0, None)
         put("stop_token_ids", sorted(set(self.stop_token_ids or [])))
         put("logit_bias", _bias(self.logit_bias))
         for name in ("logprobs", "prompt_logprobs"):
@@ -91,11 +97,11 @@ class SamplingParams:
             for text in getattr(self, name):
                 if not isinstance(text, str) or not text:
                     raise UsageError(f"{name} holds {text!r}; each entry must be a text of at least one character", name)
+        for field in dataclasses.fields(self):
+            if field.type is bool and not isinstance(value := getattr(self, field.name), bool):
+                raise UsageError(f"{field.name}={value!r}; it must be true or false", field.name)
         if self.stop and not self.detokenize:
             raise UsageError("stop texts need detokenize=True; use stop_token_ids instead", "stop")
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            for token in getattr(self, name) or ():
-                _integer(name, token, 0, None)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise UsageError("allowed_token_ids is empty; name at least one token or leave it out", "allowed_token_ids")
 
@@ -115,7 +121,17 @@ class SamplingParams:
                 raise UsageError(f"{name}={value}; at most {max_logprobs} (max_logprobs), or -1 for the whole vocabulary", name)
 
 
+def _list(name: str, value) -> list | None:
+    if value is None:
+        return None
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        raise UsageError(f"{name}={value!r:.80}; it must be a list", name)
+    return list(value)
+
+
 def _bias(bias) -> dict[int, float]:
+    if not isinstance(bias, Mapping | None):
+        raise UsageError(f"logit_bias={bias!r:.80}; it maps token ids to numbers", "logit_bias")
     out = {}
     for key, value in (bias or {}).items():
         try:

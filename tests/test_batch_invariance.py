@@ -5,7 +5,8 @@ import random
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from tests.test_reproducible import FAMILIES, bits, folder  # noqa: F401  (folder is a fixture)
+from tests.test_reproducible import FAMILIES, folder  # noqa: F401  (folder is a fixture)
+from tests.test_reproducible import bits as reported
 from tests.tiny import VOCAB
 
 COMMON = {"max_tokens": 6, "logprobs": 2, "ignore_eos": True, "temperature": 0.9}
@@ -17,11 +18,17 @@ SUBJECTS = {  # of each sampling parameter, a value that changes what is drawn o
     "min_tokens": {"min_tokens": 4, "ignore_eos": False, "logit_bias": {256: 30.0}},
     "stop_token_ids": {"stop_token_ids": list(range(0, VOCAB, 3))}, "stop": {"stop": ["e", "o"], "include_stop_str_in_output": True},
     "n": {"n": 3}, "seed": {"seed": 1234}, "logprobs": {"logprobs": -1}, "prompt_logprobs": {"prompt_logprobs": 2},
+    "logits_digest": {"logits_digest": True},
     "all": {"top_p": 0.8, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.3,
-            "logit_bias": {9: 2.0}, "prompt_logprobs": 0, "n": 2},
+            "logit_bias": {9: 2.0}, "prompt_logprobs": 0, "n": 2, "logits_digest": True},
 }
 # Not of the draw: they say how ids become text.
 FORMATTING = {"detokenize", "skip_special_tokens", "spaces_between_special_tokens", "max_tokens", "ignore_eos", "include_stop_str_in_output"}
+
+
+def bits(output):
+    """All that a request reports, whole rows of logits too where it asked."""
+    return (*reported(output), [o.logits_digests for o in output.outputs])
 
 
 def test_every_sampling_parameter_has_a_subject():

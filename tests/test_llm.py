@@ -1,4 +1,5 @@
 """The Python door: forms of prompts, parameters, outputs under vLLM's names, and that the user's process is left as it was."""
+import datetime
 import random
 
 import jax
@@ -136,6 +137,77 @@ def test_an_interrupted_call_leaves_nothing_behind(llm):
         llm.generate(["a", "b"], greedy(20), on_delta=stop)
     assert not llm._engine.sequences and llm._engine.scheduler.idle
     assert llm.generate("a", greedy(3))[0].finished
+
+
+def test_digests_of_whole_rows_come_to_those_who_ask_and_are_those_of_the_plain_function(llm):
+    from jaxllm.engine.runner import own_configuration
+    from jaxllm.engine.sampler import row_digests
+    from jaxllm.models import decoder
+    asks = SamplingParams(max_tokens=6, temperature=1.0, n=2, logits_digest=True, ignore_eos=True)
+    asking, plain, stopped = llm.generate(["hello", "hello", "hello"], [asks, greedy(), letters(llm, 60, stop=["e"], logits_digest=True)])
+    assert [o.logits_digests for o in plain.outputs] == [None]
+    for out in (*asking.outputs, *stopped.outputs):
+        ids = stopped.prompt_token_ids + out.token_ids
+
+        def rows(params):
+            hidden = decoder.whole(llm.model_config, params, np.asarray([ids]), kernels=llm.kernels)[0]
+            return row_digests(decoder.unembed(llm.model_config, params, hidden, kernels=llm.kernels))
+
+        with own_configuration():
+            want = np.asarray(jax.jit(rows)(llm.params))[len(stopped.prompt_token_ids) - 1:-1]
+        assert out.logits_digests == [f"{a:08x}{b:08x}" for a, b in want]
+    assert stopped.outputs[0].stop_reason == "e" and stopped.outputs[0].logprobs is None
+
+
+@pytest.mark.parametrize("name", ["logits_digest", "ignore_eos", "detokenize"])
+def test_a_flag_is_true_or_false(name):
+    with pytest.raises(UsageError, match=f"{name}='false'; it must be true or false"):
+        SamplingParams(**{name: "false"})
+
+
+@pytest.mark.parametrize("name,value", [
+    ("stop", 3), ("stop", {"a": 1}), ("stop", [3]), ("bad_words", 1.5), ("stop_token_ids", 3), ("stop_token_ids", ["a", 1]),
+    ("stop_token_ids", [[1]]), ("allowed_token_ids", 3), ("allowed_token_ids", "12"), ("logit_bias", [1]), ("logit_bias", 3)])
+def test_a_list_or_a_table_of_another_type_is_refused_by_name(name, value):
+    with pytest.raises(UsageError, match=name):
+        SamplingParams(**{name: value})
+
+
+DATED = ("{% macro today() %}{{ strftime_now('%d %b %Y %H:%M') }}{% endmacro %}"
+         "{% if messages[0].role == 'user' %}{{ today() }}|{% endif %}{{ messages[0].content }}")
+
+
+def test_the_date_that_a_chat_template_reads_is_an_input_and_comes_back(llm):
+    ask = lambda *roles, **kwargs: llm.chat([[{"role": role, "content": "hi"}] for role in roles], greedy(2), chat_template=DATED,
+                                            chat_template_kwargs=kwargs)
+    text = lambda out: llm.get_tokenizer().decode(out.prompt_token_ids)
+    first, silent, third = ask("user", "system", "user", chat_date="2031-05-04T03:02:01")
+    assert text(first) == "04 May 2031 03:02|hi" == text(third) and first.chat_date == "2031-05-04T03:02:01" == third.chat_date
+    assert text(silent) == "hi" and silent.chat_date is None
+    before = datetime.datetime.now()
+    one, other = ask("user", "user")
+    assert before <= datetime.datetime.fromisoformat(one.chat_date) <= datetime.datetime.now() and one.chat_date == other.chat_date
+    assert ask("user", chat_date=one.chat_date)[0].prompt_token_ids == one.prompt_token_ids
+    day = datetime.date(2020, 2, 29)
+    assert text(ask("user", chat_date=day)[0]) == "29 Feb 2020 00:00|hi"
+    assert ask("user", chat_date=day, strftime_now=lambda form: "never")[0].chat_date is None
+    for wrong in ("yesterday", 7, "2031-13-01"):
+        with pytest.raises(UsageError, match="chat_date=.*ISO 8601"):
+            ask("user", chat_date=wrong)
+
+
+def test_chat_template_kwargs_go_before_chats_own_options(llm):
+    template = "{{ add_generation_prompt }}{{ messages[0].content }}"
+    ask = lambda **kwargs: llm.chat([{"role": "user", "content": "hi"}], greedy(1), chat_template=template, chat_template_kwargs=kwargs)[0]
+    assert llm.get_tokenizer().decode(ask(add_generation_prompt=False).prompt_token_ids) == "Falsehi"
+    with pytest.raises(UsageError, match="messages"):
+        ask(messages=[])
+
+
+@pytest.mark.parametrize("draws", ["{{ messages | random }}", "{{ [1, 2] | random }}", "{{ lipsum() }}"])
+def test_a_chat_template_that_draws_at_random_is_refused(llm, draws):
+    with pytest.raises(UsageError, match="draws at random"):
+        llm.chat([{"role": "user", "content": "hi"}], greedy(1), chat_template=draws)
 
 
 def test_chat_needs_a_template_and_messages(llm):

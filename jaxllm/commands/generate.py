@@ -31,6 +31,9 @@ def add_parser(commands, common) -> None:
     group.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s; every draw follows from it")
     p.add_argument("--format", choices=["text", "json"], default="text", help="json: one object on each line, in the order given")
     p.add_argument("--record", metavar="LOG.jsonl", help="write each request and its bits here, for `jaxllm verify`")
+    p.add_argument("--record-logits", action="store_true", help="with a hash of each whole row of logits, for `jaxllm verify --full-vocab`")
+    p.add_argument("--chat-date", metavar="ISO-DATE",
+                   help="what the chat template of 'messages' is told is now, as a record's chat_date (default: the clock)")
     add_model_options(p)
     p.set_defaults(run=run_generate)
 
@@ -39,6 +42,7 @@ def run_generate(args) -> int:
     """`jaxllm generate`."""
     from jaxllm.prompts import PromptLine, read_prompts, sampling_of
     from jaxllm.sampling_params import SamplingParams
+    from jaxllm.text.chat import read_date
     if args.prompts_file and args.prompts:
         raise UsageError("both PROMPT and --prompts-file are given; give one of them")
     if args.prompts_file:
@@ -49,6 +53,11 @@ def run_generate(args) -> int:
         raise UsageError('no prompt; give one, as in: jaxllm generate "Once upon a time", or --prompts-file')
     if any(line.prompt == "" for line in lines):
         raise UsageError(f"{next(line.where for line in lines if line.prompt == '')}: the prompt is empty; give at least one character")
+    if args.record_logits and not args.record:
+        raise UsageError("--record-logits without --record; name the log with --record LOG.jsonl, or leave it out")
+    if args.chat_date and all(line.messages is None for line in lines):
+        raise UsageError("--chat-date without 'messages': only a chat template reads the date; leave it out, or give messages in --prompts-file")
+    now = read_date(args.chat_date)  # one for all conversations
     given = {name: getattr(args, name) for name in (*(n.replace("-", "_") for n in SAMPLING), "stop", "ignore_eos")}
     given = {name: value for name, value in given.items() if value is not None}
     for line in lines:
@@ -58,12 +67,14 @@ def run_generate(args) -> int:
         common = {name: getattr(default, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
         common |= {"max_tokens": DEFAULT_MAX_TOKENS} | given
         params = [sampling_of(line, common) for line in lines]
-        prompts = [_prompt_of(llm, line) for line in lines]
+        prompts, dates = zip(*[_prompt_of(llm, line, now) for line in lines])
         stream = _Streamer(args.prompts) if len(lines) == 1 and params[0].n == 1 and args.format == "text" and sys.stdout.isatty() else None
         asked = params
         if args.record:  # a record holds logprobs whether they were asked for or not
-            params = [p if p.logprobs is not None else dataclasses.replace(p, logprobs=0) for p in params]
-        results = llm.generate(prompts, params, use_tqdm=stream is None and sys.stderr.isatty(), on_delta=stream)
+            params = [dataclasses.replace(p, logprobs=p.logprobs or 0, logits_digest=p.logits_digest or args.record_logits) for p in params]
+        results = llm.generate(list(prompts), params, use_tqdm=stream is None and sys.stderr.isatty(), on_delta=stream)
+        for result, date in zip(results, dates, strict=True):
+            result.chat_date = date
         if args.record:
             _record(args.record, llm, asked, results)
         if stream is not None:
@@ -86,14 +97,19 @@ def _record(path: str, llm, asked, results) -> None:
     except OSError as e:
         raise UsageError(f"cannot write the log {path}: {e.strerror}") from e
     for params, result in zip(asked, results, strict=True):
-        for output in result.outputs if params.logprobs is None else ():
-            output.logprobs = output.cumulative_logprob = None
+        for output in result.outputs:
+            if params.logprobs is None:
+                output.logprobs = output.cumulative_logprob = None
+            if not params.logits_digest:
+                output.logits_digests = None
 
 
-def _prompt_of(llm, line):
+def _prompt_of(llm, line, now):
+    """(prompt, the date that its chat template read or None) of a line."""
     if line.messages is None:
-        return line.prompt
-    return {"prompt_token_ids": llm.get_tokenizer().apply_chat(line.messages)}
+        return line.prompt, None
+    ids, date = llm.get_tokenizer().chat_prompt(line.messages, chat_date=now)
+    return {"prompt_token_ids": ids}, date
 
 
 class _Streamer:
@@ -133,6 +149,11 @@ def as_json(index: int, result) -> dict:
                      "cumulative_logprob": o.cumulative_logprob} for o in result.outputs],
         "seed": result.seed, "system_fingerprint": result.system_fingerprint, "reproducible": result.reproducible,
     }
+    for shown, o in zip(out["outputs"], result.outputs):
+        if o.logits_digests is not None:
+            shown["logits_digests"] = o.logits_digests
+    if result.chat_date is not None:
+        out["chat_date"] = result.chat_date
     if result.prompt_logprobs is not None:
         out["prompt_logprobs"] = [table(row) for row in result.prompt_logprobs]
     return out

@@ -93,7 +93,7 @@ def sampling_inputs(works: tuple[Work, ...], rows: int, vocab: int, config: Engi
         top_k=np.full(rows, vocab, np.int32), top_p=np.ones(rows, np.float32), min_p=np.zeros(rows, np.float32),
         repetition=np.ones(rows, np.float32), presence=np.zeros(rows, np.float32), frequency=np.zeros(rows, np.float32),
         edit_ids=None, edit_bias=None, edit_count=None, edit_seen=None, mask=None)
-    tables, masks, top, random, truncated = {}, {}, None, False, False
+    tables, masks, top, random, truncated, digests = {}, {}, None, False, False, False
     for i, sequence in live:
         p = sequence.request.params
         work = works[i]
@@ -105,6 +105,7 @@ def sampling_inputs(works: tuple[Work, ...], rows: int, vocab: int, config: Engi
         out.repetition[i], out.presence[i], out.frequency[i] = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
         random |= not p.greedy
         truncated |= bool(p.top_k or p.top_p < 1 or p.min_p > 0)
+        digests |= p.logits_digest
         table = edit_table(sequence)
         if table:
             tables[i] = table
@@ -124,7 +125,7 @@ def sampling_inputs(works: tuple[Work, ...], rows: int, vocab: int, config: Engi
             bits = np.zeros(out.mask.shape[1] * 32, np.uint8)
             bits[list(allowed)] = 1
             out.mask[i] = np.packbits(bits, bitorder="little").view("<u4")
-    return out, Features(random, truncated and random, width, bool(masks), top)
+    return out, Features(random, truncated and random, width, bool(masks), top, digests)
 
 
 def _top_shape(wanted: int, vocab: int, config: EngineConfig) -> int:

@@ -91,7 +91,8 @@ class Engine:
                 sequence.request.id, sequence.choice, token, _token_logprobs(drawn, i, sequence.request.params.logprobs),
                 ended and ended[0], ended and ended[1],
                 prompt_logprobs=tuple(self.prompt_logprobs.pop(sequence, ())) if wants_prompt else None,
-                cached_tokens=sequence.cached_tokens))
+                cached_tokens=sequence.cached_tokens,
+                logits_digest="{:08x}{:08x}".format(*drawn.digests[i].tolist()) if sequence.request.params.logits_digest else None))
             if ended:
                 self._finish(sequence, ended[0])
         return events

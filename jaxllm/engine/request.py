@@ -83,3 +83,4 @@ class TokenEvent:
     stop_reason: int | None = None                                  # the stop token that ended it
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None        # with the first token, positions 1.. of the prompt
     cached_tokens: int = 0
+    logits_digest: str | None = None                                # of the whole row that the token was drawn from

@@ -25,6 +25,7 @@ class Features:
     edits: int = 0              # width U of the table of edits, 0: none
     masked: bool = False        # allowed_token_ids
     top_logprobs: int | None = None  # None: no logprobs; 0: the drawn token's; more: the likeliest as well
+    digests: bool = False       # of whole rows of logits
 
 
 @jax.tree_util.register_dataclass
@@ -53,13 +54,14 @@ class SamplingInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Drawn:
-    """What a step drew. With logprobs off the last four are None."""
+    """What a step drew. What nobody asked for is None."""
 
     tokens: jax.Array              # [S] int32
     logprobs: jax.Array | None     # [S] float32
     ranks: jax.Array | None        # [S] int32
     top_ids: jax.Array | None      # [S, top_logprobs] int32
     top_logprobs: jax.Array | None  # [S, top_logprobs] float32
+    digests: jax.Array | None = None  # [S, 2] uint32, of the rows of logits
 
 
 def sample(logits: jax.Array, last_token: jax.Array, inputs: SamplingInputs, *, features: Features,
@@ -78,6 +80,8 @@ def sample(logits: jax.Array, last_token: jax.Array, inputs: SamplingInputs, *, 
         noise = keys.gumbel(keys.draw_keys(inputs.seeds, inputs.choices, inputs.positions), logits.shape[-1])
         token = jnp.where(inputs.temperature > 0, (scaled + noise).argmax(-1).astype(jnp.int32), token)
     drawn = report(logits, token, features.top_logprobs, kernels)
+    if features.digests:
+        drawn = dataclasses.replace(drawn, digests=row_digests(logits))
     return drawn, last_token.at[inputs.slots].set(token, mode="drop")
 
 
@@ -90,6 +94,25 @@ def report(logits: jax.Array, tokens: jax.Array, top: int | None, kernels: Kerne
     ranks = (logits > own).sum(-1, dtype=jnp.int32) + 1
     top_logits, top_ids = lax.top_k(logits, top)
     return Drawn(tokens, own[:, 0] - norm, ranks, top_ids, top_logits - norm[:, None])
+
+
+def row_digests(logits: jax.Array) -> jax.Array:
+    """uint32 [S, 2]: a hash of the bits of each row of logits float32 [S, V]: -0 is not 0, and each NaN is one of its own.
+
+    Integers alone, and their sum has no order: a digest depends on its row and on nothing else, on every device. Each half adds
+    up the bits of every logit, scrambled with its place; scrambling is one to one, so one changed logit always changes both halves.
+    """
+    bits = lax.bitcast_convert_type(logits, jnp.uint32)
+    place = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
+    places = [scramble(place ^ jnp.uint32(digits)) for digits in (0x243F6A88, 0x85A308D3)]  # of pi: one for each half
+    return jnp.stack([scramble(bits ^ place).sum(-1, dtype=jnp.uint32) for place in places], -1)
+
+
+def scramble(x: jax.Array) -> jax.Array:
+    """uint32, one to one: each bit of x moves about half of the bits (the finalizer of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def unpack_mask(mask: jax.Array, vocab: int) -> jax.Array:

@@ -81,28 +81,45 @@ def _text_of(part, where: str) -> str:
     raise UnsupportedError(f"{where} is of type {kind!r}; jaxllm's models take text only")
 
 
+def read_date(value: str | datetime.date | None) -> datetime.datetime:
+    """The moment that `value` names: a date of Python's or ISO 8601 text; None: now, by the clock of this machine."""
+    if value is None:
+        return datetime.datetime.now()
+    try:
+        return datetime.datetime.fromisoformat(value.isoformat() if isinstance(value, datetime.date) else value)
+    except (TypeError, ValueError):
+        raise UsageError(f"chat_date={value!r}; it must be a date in ISO 8601, such as 2026-07-26 or 2026-07-26T09:30:00",
+                         "chat_date") from None
+
+
 def render(template: str, messages: list[dict], *, add_generation_prompt: bool, continue_final_message: bool,
-           tools: list[dict] | None, variables: dict) -> str:
-    """The text of a conversation; `variables` (bos_token, eos_token, a caller's own) are there for the template."""
+           tools: list[dict] | None, now: datetime.datetime, variables: dict) -> tuple[str, bool]:
+    """The text of a conversation, and whether the template asked what is `now`; it may use `variables` (bos_token, a caller's own)."""
     from jinja2.exceptions import TemplateError
     if continue_final_message:
         last = messages[-1]
         if not isinstance(last.get("content"), str):
             raise UsageError("continue_final_message needs a last message with text content", "continue_final_message")
         messages = [*messages[:-1], {**last, "content": last["content"] + END_MARK}]
+    asked = []
+
+    def strftime_now(format):
+        asked.append(format)
+        return now.strftime(format)
+
     try:
         text = _compiled(template).render(messages=messages, tools=tools or None, add_generation_prompt=add_generation_prompt,
-                                          **{"documents": None, **variables})
+                                          **{"documents": None, "strftime_now": strftime_now, **variables})
     except TemplateError as e:
         raise UsageError(f"the chat template refused the conversation: {e}", "messages") from e
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         raise UsageError(f"the chat template failed on the conversation: {type(e).__name__}: {e}", "messages") from e
     if not continue_final_message:
-        return text
+        return text, bool(asked)
     if END_MARK not in text:
         raise UsageError("continue_final_message: the chat template does not print the end of the last message, "
                          "so it cannot be continued", "continue_final_message")
-    return text[:text.rindex(END_MARK)]
+    return text[:text.rindex(END_MARK)], bool(asked)
 
 
 @functools.lru_cache(maxsize=32)
@@ -124,6 +141,9 @@ def _compiled(template: str):
     def refuse(message):
         raise jinja2.exceptions.TemplateError(message)
 
+    def at_random(*_, **__):
+        refuse("it draws at random, so that the same conversation would not give the same prompt")
+
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -131,7 +151,7 @@ def _compiled(template: str):
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     room.filters["tojson"] = tojson  # Jinja's own escapes HTML
     room.globals["raise_exception"] = refuse
-    room.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    room.filters["random"] = room.globals["lipsum"] = at_random
     try:
         return room.from_string(template)
     except jinja2.exceptions.TemplateError as e:

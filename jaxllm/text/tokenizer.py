@@ -4,6 +4,7 @@
 transformers takes 1.5. Folders that hold an older format go through transformers' AutoTokenizer once, at load.
 No code from a checkpoint ever runs.
 """
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -15,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from jaxllm.errors import CheckpointError, UnsupportedError, UsageError
-from jaxllm.text.chat import messages_for_template, pick_template, read_templates, render
+from jaxllm.text.chat import messages_for_template, pick_template, read_date, read_templates, render
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
          "spiece.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json")
@@ -70,20 +71,28 @@ class Tokenizer:
         """The text of one token alone, as logprobs show it: U+FFFD where it holds part of a character."""
         return self.backend.decode([token_id], skip_special_tokens=False)
 
-    def apply_chat(self, messages: Sequence[dict], *, chat_template: str | None = None, add_generation_prompt: bool = True,
-                   continue_final_message: bool = False, tools: list[dict] | None = None, **kwargs) -> list[int]:
+    def apply_chat(self, messages: Sequence[dict], **options) -> list[int]:
+        """Token ids of a conversation; see `chat_prompt` for the options."""
+        return self.chat_prompt(messages, **options)[0]
+
+    def chat_prompt(self, messages: Sequence[dict], /, *, chat_template: str | None = None, add_generation_prompt: bool = True,
+                    continue_final_message: bool = False, tools: list[dict] | None = None,
+                    chat_date: str | datetime.date | None = None, **kwargs) -> tuple[list[int], str | None]:
         """Token ids of a conversation through the chat template, which itself writes the begin token where there is one.
 
-        `chat_template` is Jinja text or the name of one of the tokenizer's templates; kwargs reach the template.
+        `chat_template` is Jinja text or the name of one of the tokenizer's templates; kwargs reach the template. `chat_date` is
+        what the template is told is now (a date, or ISO 8601 text; None: the clock). It comes back as text if the template asked,
+        else None: given as chat_date it makes the same prompt on another day.
         """
         if add_generation_prompt and continue_final_message:
             raise UsageError("add_generation_prompt and continue_final_message exclude each other; "
                              "to continue the last message, pass add_generation_prompt=False", "continue_final_message")
         messages = messages_for_template(messages)
         template = pick_template(self.templates, chat_template, bool(tools), self.name)
-        text = render(template, messages, add_generation_prompt=add_generation_prompt,
-                      continue_final_message=continue_final_message, tools=tools, variables={**self.special, **kwargs})
-        return self.encode(text, add_special_tokens=False)
+        now = read_date(chat_date)
+        text, dated = render(template, messages, add_generation_prompt=add_generation_prompt, tools=tools, now=now,
+                             continue_final_message=continue_final_message, variables={**self.special, **kwargs})
+        return self.encode(text, add_special_tokens=False), now.isoformat() if dated else None
 
     def fingerprint(self) -> str:
         """A hash over the names and contents of the files it was read from: equal files, equal hash."""

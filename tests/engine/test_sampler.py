@@ -166,6 +166,57 @@ def awkward_logits():
     return x
 
 
+def digest_in_python(row):
+    """The two numbers of `row_digests`, written out with Python's integers."""
+    def scramble(x):
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = (x ^ x >> shift) * factor % 2**32
+        return x ^ x >> 16
+
+    return [sum(scramble(int(b) ^ scramble(i ^ half)) for i, b in enumerate(row.view(np.uint32))) % 2**32 for half in (0x243F6A88, 0x85A308D3)]
+
+
+def test_the_digest_of_a_row_is_an_exact_number_of_its_bits_in_any_company():
+    x = awkward_logits()
+    want = [digest_in_python(row) for row in x]
+    assert len({half for pair in want for half in pair}) == 2 * len(x)
+    for rows_ in (slice(None), slice(3, 4), slice(None, None, -1)):
+        for run in (sampler.row_digests, jax.jit(sampler.row_digests)):
+            assert np.asarray(run(jnp.asarray(x[rows_]))).tolist() == want[rows_]
+
+
+def test_one_changed_bit_anywhere_changes_both_halves_of_a_digest():
+    x = awkward_logits()
+    before = np.asarray(sampler.row_digests(jnp.asarray(x)))
+    for place in (0, 3, V - 1):
+        for bit in range(32):
+            y = x.view(np.uint32).copy()
+            y[:, place] ^= np.uint32(1 << bit)
+            assert (np.asarray(sampler.row_digests(jnp.asarray(y.view(np.float32)))) != before).all(), (place, bit)
+    for a, b in ((0.0, -0.0), (np.uint32(0x7FC00000).view(np.float32), np.uint32(0x7FC00001).view(np.float32))):
+        a, b = (np.asarray(sampler.row_digests(jnp.full((1, V), value, jnp.float32))) for value in (a, b))
+        assert (a != b).all()
+    swapped = x[:1, [1, 0, *range(2, V)]]
+    assert (np.asarray(sampler.row_digests(jnp.asarray(swapped))) != before[:1]).all()
+
+
+def test_a_digest_sees_the_unlikely_token_that_no_logprob_shows(logits):
+    logits[0, 9] = -80.0
+    other = logits.copy()
+    other[0, 9] = -81.0
+    p = SamplingParams(temperature=0, logprobs=3, logits_digest=True, allowed_token_ids=[7], logit_bias={8: 1.0})
+    (a, _, features), (b, _, _) = draw(logits, rows(p, SamplingParams())), draw(other, rows(p, SamplingParams()))
+    assert features.digests
+    assert (a.logprobs[0], a.ranks[0], a.top_logprobs[0].tolist()) == (b.logprobs[0], b.ranks[0], b.top_logprobs[0].tolist())
+    assert (a.digests[0] != b.digests[0]).all() and (a.digests[1:] == b.digests[1:]).all()
+    assert a.digests.tolist() == [digest_in_python(row) for row in logits], "of the model's own logits, before masks and edits"
+
+
+def test_a_step_that_asks_for_no_digest_has_none(logits):
+    drawn, _, features = draw(logits, rows(SamplingParams(logprobs=0)))
+    assert not features.digests and drawn.digests is None
+
+
 @pytest.mark.parametrize("k", [1, 5, V])
 @pytest.mark.parametrize("p", [1e-6, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("m", [0.0, 0.2])
