@@ -68,7 +68,7 @@ def cache_home() -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    from jaxllm.commands import generate, model, verify
+    from jaxllm.commands import doctor, generate, model, verify
     parser = Parser(prog="jaxllm", description="Language-model inference in pure JAX: the same request gives the same bits.",
                     allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"jaxllm {_version()}")
@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(commands, common)
     model.add_parsers(commands, common)
     verify.add_parser(commands, common)
+    doctor.add_parser(commands, common)
     return parser
 
 

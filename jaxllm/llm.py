@@ -185,6 +185,11 @@ class LLM:
         return self._runner.unproven
 
     @property
+    def proof_comparisons(self) -> int:
+        """Rows of logits and draws that the start-up proof has compared in this process; 0 where all was proven before."""
+        return self._runner.proof.comparisons if self._runner.proof else 0
+
+    @property
     def system_fingerprint(self) -> str:
         """Equal fingerprints promise equal bits."""
         return fingerprints.fingerprint(self.fingerprint_parts)
