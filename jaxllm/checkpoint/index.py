@@ -22,6 +22,9 @@ __all__ = ["Checkpoint", "LazyTensor", "open_checkpoint"]
 
 log = logging.getLogger("jaxllm.checkpoint")
 
+# Bytes of a tensor for each byte on the disk: deflate packs 1032 to 1, and a stride of zero or an absent zarr chunk needs none.
+MOST_UNFOLDING = 2048
+
 
 class Checkpoint(Mapping[str, LazyTensor]):
     """The tensors of one checkpoint by name, in file order; a context manager that owns the memory maps."""
@@ -77,7 +80,9 @@ def open_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Check
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions") from error
     if layout.load_format == "orbax":
-        return Checkpoint(path, layout, _some(read_orbax(path), path), ())
+        found = _some(read_orbax(path), path)
+        _refuse_unfolding(found, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
+        return Checkpoint(path, layout, found, ())
     tensors: dict[str, LazyTensor] = {}
     maps: list[MappedFile] = []
     for file in layout.files:
@@ -89,10 +94,19 @@ def open_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Check
             raise CheckpointError(
                 f"tensor {brief(twice)} is in {tensors[twice].file} and in {file}; one of them must go, or an index file must choose"
             )
+        _refuse_unfolding(found, mapped.size)
         tensors.update(found)
     if layout.index_file is not None:
         _check_index(layout, tensors)
     return Checkpoint(path, layout, _some(tensors, path), tuple(maps))
+
+
+def _refuse_unfolding(tensors: dict[str, LazyTensor], stored: int) -> None:
+    for name, tensor in tensors.items():
+        if tensor.nbytes > MOST_UNFOLDING * max(stored, 4096):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {brief(name)} unfolds {stored} bytes to {tensor.nbytes}, more than {MOST_UNFOLDING} for each; refused"
+            )
 
 
 def _some(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:

@@ -7,6 +7,8 @@ from jaxllm.checkpoint.torch_view import StorageBytes, lazy_tensor
 from jaxllm.checkpoint.zipmap import Member, member_bytes, read_members
 from jaxllm.errors import CheckpointError, UnsupportedError
 
+MAX_UNFOLDING = 128  # torch stores its pickle as it is, other writers deflate it; one of 400 equal layers packs 40 to 1
+
 
 def read_torch_zip(mapped: MappedFile) -> dict[str, LazyTensor]:
     """Every tensor of the file by name, views of the map where members are stored uncompressed, as torch writes them."""
@@ -20,6 +22,9 @@ def read_torch_zip(mapped: MappedFile) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{where} is a zip file with {len(pickles)} data.pkl; a torch checkpoint has one")
     if members[pickles[0]].size > MAX_BYTES:
         raise CheckpointError(f"{where} has a data.pkl of {members[pickles[0]].size} bytes; at most {MAX_BYTES} are allowed")
+    described = members[pickles[0]]
+    if described.size > MAX_UNFOLDING * (described.packed + 1024):
+        raise CheckpointError(f"{where} has a data.pkl of {described.packed} bytes that unfolds to {described.size}; a state dict's does not; refused")
     big_endian = _is_big_endian(mapped, members.get(f"{prefix}byteorder"))
 
     def load_persistent(saved: object) -> object:
@@ -31,10 +36,10 @@ def read_torch_zip(mapped: MappedFile) -> dict[str, LazyTensor]:
             raise CheckpointError(f"{where}: storage {brief(ref.key)} should have {ref.nbytes} bytes and has {member.size}; fetch it again")
         return ref
 
-    saved, _ = read_pickle(member_bytes(mapped, members[pickles[0]]), 0, ALLOWED, f"{where} ({pickles[0]})", load_persistent)
+    saved, _ = read_pickle(member_bytes(mapped, described), 0, ALLOWED, f"{where} ({pickles[0]})", load_persistent)
     return {
         name: lazy_tensor(name, record, _storage(mapped, members[f"{prefix}data/{record.storage.key}"]), mapped.path, "pt-zip", big_endian)
-        for name, record in tensors_of(saved, where).items()
+        for name, record in tensors_of(saved, where, described.size).items()
     }
 
 

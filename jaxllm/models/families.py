@@ -19,7 +19,7 @@ LLAMA_RULES = (
       for name in ("gate", "up", "down") for leaf in ("weight", "bias")),
     Rule("model.layers.{i}.self_attn.q_norm.weight", "layers.{i}.q_norm"),
     Rule("model.layers.{i}.self_attn.k_norm.weight", "layers.{i}.k_norm"),
-    Ignore("model.layers.{i}.self_attn.rotary_emb.inv_freq"),
+    Ignore("v_head.**"),  # a reward model's, which trainers save in the same file
 )
 
 
