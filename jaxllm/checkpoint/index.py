@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from jaxllm.checkpoint.layout import Layout, find_layout, refuse_pointer
+from jaxllm.checkpoint.layout import ADAPTER, Layout, find_layout, left_out, refuse_pointer
 from jaxllm.checkpoint.mapped import LazyTensor, MappedFile, brief
 from jaxllm.checkpoint.npz import read_npz
 from jaxllm.checkpoint.orbax_tree import read_orbax
@@ -33,6 +33,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self.path = path
         self.load_format = layout.load_format
         self.files = layout.files
+        self.left_out = left_out(path, (*layout.files, *([layout.index_file] if layout.index_file else [])))
         self._tensors = tensors
         self._maps = maps
 
@@ -71,7 +72,8 @@ def open_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Check
     """The checkpoint at `path`, its headers checked and none of its data read.
 
     `path` is a folder in Hugging Face layout or one file. `load_format`: auto, safetensors, pt (.bin, .pt, .pth), npz
-    or orbax; auto takes the first of these that the folder holds. An index file decides which shards count. Raises
+    or orbax; auto takes the names that transformers takes, in its order (model.safetensors, its index, pytorch_model.bin,
+    its index), else the first of these formats that the folder holds. `left_out` names what else looks like weights. Raises
     CheckpointError for what is missing or damaged, UnsupportedError for what jaxllm does not read, each by name.
     """
     path = Path(path).expanduser()
@@ -98,7 +100,12 @@ def open_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Check
         tensors.update(found)
     if layout.index_file is not None:
         _check_index(layout, tensors)
-    return Checkpoint(path, layout, _some(tensors, path), tuple(maps))
+    checkpoint = Checkpoint(path, layout, _some(tensors, path), tuple(maps))
+    if checkpoint.left_out:
+        adapted = [name for name in checkpoint.left_out if ADAPTER.fullmatch(name)]
+        log.log(logging.WARNING if adapted else logging.INFO, "%s: left out: %s%s", path, ", ".join(checkpoint.left_out),
+                "; an adapter is not applied, merge it first if it is wanted" if adapted else "")
+    return checkpoint
 
 
 def _refuse_unfolding(tensors: dict[str, LazyTensor], stored: int) -> None:
