@@ -133,6 +133,8 @@ def run_convert(args) -> int:
                        load_format=args.load_format, progress=progress)
     print(f"{done.target}: {done.tensors} tensors, {done.nbytes:,} bytes in {len(done.files)} files, {done.bytes_per_s / 1e6:,.0f} MB/s",
           file=sys.stderr)
+    if done.left_out:
+        print(f"left out: {', '.join(done.left_out)}", file=sys.stderr)
     return 0
 
 
