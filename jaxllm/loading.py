@@ -1,19 +1,30 @@
 """From a model's name to its config, weights and tokenizer's place: `builtin:NAME`, a folder, or a Hugging Face id."""
+import contextlib
 import dataclasses
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from jaxllm.checkpoint.copying import equal_values
 from jaxllm.checkpoint.index import open_checkpoint
 from jaxllm.checkpoint.load import dummy_params, load_params
+from jaxllm.checkpoint.mapped import brief
+from jaxllm.checkpoint.rules import Rule, sources
 from jaxllm.config import DTYPES, ModelConfig
-from jaxllm.errors import CheckpointError, UsageError
+from jaxllm.errors import CheckpointError, JaxllmError, UsageError
+from jaxllm.fields import GENERATION_CHANGING, GENERATION_FIELDS, SAMPLING, check_fields, refuse_changing, token_ids
 from jaxllm.models import decoder
+from jaxllm.models.families import overridden, reach
 from jaxllm.models.registry import family
 
+log = logging.getLogger("jaxllm")
+
 BUILTIN = Path(__file__).parent / "builtin"
+MAX_JSON_BYTES = 16 << 20
 LOAD_FORMATS = ("auto", "safetensors", "pt", "npz", "orbax", "dummy")
 
 
@@ -60,9 +71,13 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has more than {MAX_JSON_BYTES} bytes; fetch the model again")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"{path} is not valid JSON ({e}); fetch the model again") from e
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror or e}; check its permissions") from e
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, an integer of 5000 digits, lists in lists without end
+        raise CheckpointError(f"{path} is not valid JSON ({brief(str(e), 200)}); fetch the model again") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; fetch the model again")
     return value
@@ -75,7 +90,37 @@ def read_config(path: Path, hf_overrides: dict | None = None) -> dict:
     config = read_json(path / "config.json")
     if not config:
         raise CheckpointError(f"{path} has no config.json; a model folder in Hugging Face layout is needed")
-    return {**config, **(hf_overrides or {})}
+    if not hf_overrides:
+        return config
+    if not isinstance(hf_overrides, dict) or not all(isinstance(name, str) for name in hf_overrides):
+        raise UsageError(f"hf_overrides is {brief(hf_overrides)}; it must be a dict from the keys of config.json to values", "hf_overrides")
+    return overridden(config, hf_overrides)
+
+
+def read_generation_config(path: Path) -> dict:
+    """The generation_config.json of a model folder, its fields checked; {} if there is none."""
+    file = path / "generation_config.json"
+    given = read_json(file)
+    check_fields(given, GENERATION_FIELDS, f"{file}: ")
+    return given
+
+
+def own_sampling(generation_config: dict) -> dict:
+    """The fields of SamplingParams that a generation_config.json sets, not checked; what it asks beyond them is refused by name."""
+    refuse_changing(generation_config, GENERATION_CHANGING, "generation_config.json: ")
+    own = {ours: generation_config[name] for name, ours in SAMPLING.items() if generation_config.get(name) is not None}
+    return own | ({"temperature": 0.0} if generation_config.get("do_sample") is False else {})
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Errors of a block that reads `file` begin with its name."""
+    try:
+        yield
+    except JaxllmError as e:
+        named = type(e)(f"{file}: {e}")
+        named.__dict__.update(e.__dict__)  # the field at fault of a UsageError
+        raise named from e
 
 
 def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf_overrides: dict | None = None,
@@ -91,23 +136,55 @@ def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf
         raise UsageError(f"dtype={dtype!r}; it must be auto or one of {', '.join(DTYPES)}", "dtype")
     path = resolve(model)
     config = read_config(path, hf_overrides)
-    reader = family(config)
-    cfg = reader.read_config(config, max_model_len)
-    generation = read_json(path / "generation_config.json")
-    if (eos := generation.get("eos_token_id")) is not None:
-        ids = tuple(eos) if isinstance(eos, list) else (eos,)
-        cfg = dataclasses.replace(cfg, eos_token_ids=tuple(dict.fromkeys(cfg.eos_token_ids + ids)))
+    reader, cfg = describe(path, config, max_model_len)
+    generation = read_generation_config(path)
+    more = token_ids(generation.get("eos_token_id"), "eos_token_id", cfg.vocab_size, str(path / "generation_config.json"))
+    cfg = dataclasses.replace(cfg, eos_token_ids=tuple(dict.fromkeys(cfg.eos_token_ids + more)))
     stated = config.get("dtype") or config.get("torch_dtype")
     if params is not None:
+        if cfg.tied and getattr(params, "head", None) is not None:  # weights that were loaded as `_as_stored` found them
+            cfg = dataclasses.replace(cfg, tied=False)
         return LoadedModel(path, cfg, _checked(params, cfg, dtype), generation, ())
     if load_format == "dummy":
         chosen = dtype if dtype != "auto" else _usable(stated) or "float32"
         return LoadedModel(path, cfg, dummy_params(decoder.template(cfg, jnp.dtype(chosen)), seed, place=place), generation, ())
     with open_checkpoint(path, load_format) as checkpoint:
         chosen = dtype if dtype != "auto" else _usable(stated) or _commonest(checkpoint)
-        params = load_params(checkpoint, reader.RULES, decoder.template(cfg, jnp.dtype(chosen)), place=place,
+        cfg, rules = _as_stored(cfg, reader.RULES, checkpoint)
+        params = load_params(checkpoint, rules, decoder.template(cfg, jnp.dtype(chosen)), place=place,
                              map_location=pt_load_map_location)
         return LoadedModel(path, cfg, params, generation, tuple(Path(f) for f in checkpoint.files))
+
+
+def describe(path: Path, config: dict, max_model_len: int | None = None):
+    """(family module, ModelConfig) of a model folder's config; errors name the file, a context that is too long is warned of."""
+    with naming(path / "config.json"):
+        reader = family(config)
+        cfg = reader.read_config(config, max_model_len)
+        longest = reach(config, cfg)
+    if max_model_len is not None and max_model_len > longest:
+        log.warning("max_model_len is %d and %s is made for %d tokens (max_position_embeddings and the rope scaling): what lies beyond is "
+                    "computed as transformers computes it, and is likely to be nonsense", max_model_len, path, longest)
+    return reader, cfg
+
+
+def _as_stored(cfg: ModelConfig, rules, checkpoint):
+    """(ModelConfig, rules) with the head tied or not as the tensors say, by transformers' own rule.
+
+    A tied head that differs from the embedding is a head; where the head alone was saved, it is the embedding.
+    """
+    if not cfg.tied:
+        return cfg, rules
+    held = sources(rules, checkpoint, ("embedding", "head"))
+    if "embedding" not in held and "head" in held:
+        swap = [dataclasses.replace(rule, target="embedding", optional=False) if isinstance(rule, Rule) and rule.target == "head" else rule
+                for rule in rules]
+        return cfg, swap
+    if {"embedding", "head"} <= set(held) and not equal_values(checkpoint[held["embedding"]], checkpoint[held["head"]]):
+        log.warning("%s: config.json ties %s to %s and they differ, so the model has both; \"tie_word_embeddings\": false says so",
+                    checkpoint.path, held["head"], held["embedding"])
+        return dataclasses.replace(cfg, tied=False), rules
+    return cfg, rules
 
 
 def shapes(params):

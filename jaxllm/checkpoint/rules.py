@@ -167,6 +167,18 @@ def match(rules: Iterable[Rule | Ignore], names: Iterable[str], targets: Iterabl
     return Match(tuple(fills), ignored, missing, tuple(unexpected), tuple(clashes), strip, variants)
 
 
+def sources(rules: Iterable[Rule | Ignore], names: Iterable[str], targets: Iterable[str]) -> dict[str, str]:
+    """For each of these targets, which one tensor each fills, the name that does; without those that none fills."""
+    names = tuple(names)
+    table = _Table(tuple(rule for rule in rules if isinstance(rule, Rule)))
+    strip, add = _prefix(table, names)
+    found = {}
+    for name in names:
+        known = next((form for form in _forms(name, strip, add) if form in table), None)
+        found |= {rule.target: name for rule, _, _ in table[known] if rule.target in targets} if known else {}
+    return found
+
+
 class _Table:
     """Names to the rules that read them, without trying every pattern on every name (18k names in a large MoE)."""
 

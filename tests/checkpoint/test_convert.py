@@ -79,8 +79,9 @@ def test_folders_in_the_folder_go_along_and_what_does_not_is_named(tmp_path, mon
     shutil.copytree(DATA / "llama-bin", source)
     monkeypatch.setattr("jaxllm.checkpoint.convert.MAX_SIDE_BYTES", 1 << 20)
     kept = {"additional_chat_templates/tools.jinja": b"{{ tools }}", "a/b/c.txt": b"c", "vocab.json": b"{}", "default/note": b"n"}
-    left = {"adapter_model.safetensors": "other weights or training state", "onnx/model.onnx": "other weights or training state", "optimizer.pt": "other weights or training state", "training_args.bin": "other weights or training state",
-            "deep/model.safetensors": "other weights or training state", ".git/config": "hidden", "huge.jsonl": "more than 1 MiB", "conversion.json": "its name is taken"}
+    others = ("adapter_model.safetensors", "onnx/model.onnx", "optimizer.pt", "training_args.bin", "deep/model.safetensors")
+    left = {**dict.fromkeys(others, "other weights or training state"), ".git/config": "hidden", "huge.jsonl": "more than 1 MiB",
+            "conversion.json": "its name is taken"}
     for name, content in {**kept, **dict.fromkeys(left, b"x")}.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(content * (2 << 20) if name == "huge.jsonl" else content)
