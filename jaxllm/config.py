@@ -10,7 +10,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 class RopeSpec:
     """Rotary position embedding (RoFormer, arXiv:2104.09864) as its frequencies, one for each pair of rotated widths.
 
-    `frequencies` already hold the scaling (linear, dynamic, llama3, yarn); `magnitude` multiplies cos and sin (yarn).
+    `frequencies` already hold the scaling (linear, dynamic, llama3, yarn, longrope); `magnitude` multiplies cos and sin (yarn, longrope).
     """
 
     frequencies: tuple[float, ...]

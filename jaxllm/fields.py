@@ -22,7 +22,8 @@ class Kind:
 
 
 def _number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # not NaN, which compares false, and no integer that no float holds
+    # NaN compares false, and an integer beyond this is one that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _list_of(holds) -> Callable[[object], bool]:
@@ -41,7 +42,7 @@ OBJECT = Kind("an object", lambda value: type(value) is dict)
 NUMBER = Kind("a number", _number)
 INTEGER = Kind("an integer", lambda value: type(value) is int and abs(value) < 1 << 63)
 POSITIVE = Kind("a number more than 0", lambda value: _number(value) and value > 0)
-NUMBERS = Kind("a list of numbers more than 0", lambda value: type(value) is list and len(value) <= 1 << 14 and all(map(POSITIVE.holds, value)))
+NUMBERS = Kind("a list of numbers more than 0", _list_of(POSITIVE.holds))
 TOKEN = Kind("a token id, an integer", lambda value: type(value) is int)
 TOKENS = Kind("a token id or a list of them, integers", lambda value: TOKEN.holds(value) or _list_of(TOKEN.holds)(value))
 WIDTH, LENGTH = whole(1, 1 << 24), whole(1, 1 << 40)

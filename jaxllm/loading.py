@@ -11,12 +11,13 @@ import jax.numpy as jnp
 
 from jaxllm.checkpoint.copying import equal_values
 from jaxllm.checkpoint.index import open_checkpoint
+from jaxllm.checkpoint.layout import NOT_WEIGHTS
 from jaxllm.checkpoint.load import dummy_params, load_params
 from jaxllm.checkpoint.mapped import brief
 from jaxllm.checkpoint.rules import Rule, sources
 from jaxllm.config import DTYPES, ModelConfig
 from jaxllm.errors import CheckpointError, JaxllmError, UsageError
-from jaxllm.fields import GENERATION_CHANGING, GENERATION_FIELDS, SAMPLING, check_fields, refuse_changing, token_ids
+from jaxllm.fields import FIELDS, GENERATION_CHANGING, GENERATION_FIELDS, SAMPLING, check_fields, refuse_changing, token_ids
 from jaxllm.models import decoder
 from jaxllm.models.families import overridden, reach
 from jaxllm.models.registry import family
@@ -58,7 +59,7 @@ def resolve(model: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         folder = Path(snapshot_download(model, allow_patterns=wanted))
-        if not any(folder.glob("*.safetensors")):  # an older repository: the same weights as pickles, which we read safely
+        if all(NOT_WEIGHTS.fullmatch(file.name) for file in folder.glob("*.safetensors")):  # an older repository: the same weights as pickles, which we read safely
             folder = Path(snapshot_download(model, allow_patterns=[*wanted, "*.bin"]))
         return folder
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as e:
@@ -123,6 +124,32 @@ def naming(file: Path) -> Iterator[None]:
         raise named from e
 
 
+def account(path: Path) -> dict[str, dict]:
+    """What becomes of the keys of a model folder's JSON files: {file: {"honoured": keys, "ignored": keys, "refused": why or None}}."""
+    def config():
+        given = read_config(path)
+        describe(path, given)
+        return given
+
+    def generation():
+        given = read_generation_config(path)
+        own_sampling(given)
+        return given
+
+    found = {}
+    for name, read, known in (("config.json", config, FIELDS), ("generation_config.json", generation, GENERATION_FIELDS)):
+        if not (path / name).is_file():
+            continue
+        refused, given = None, {}
+        try:
+            given = read_json(path / name)
+            read()
+        except JaxllmError as e:
+            refused = str(e)
+        found[name] = {"honoured": sorted(set(given) & set(known)), "ignored": sorted(set(given) - set(known)), "refused": refused}
+    return found
+
+
 def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf_overrides: dict | None = None,
                max_model_len: int | None = None, seed: int = 0, place=None, pt_load_map_location="cpu", params=None) -> LoadedModel:
     """The model with its weights on the default device, or with `params`, and then no weights are read.
@@ -173,9 +200,12 @@ def _as_stored(cfg: ModelConfig, rules, checkpoint):
 
     A tied head that differs from the embedding is a head; where the head alone was saved, it is the embedding.
     """
-    if not cfg.tied:
-        return cfg, rules
     held = sources(rules, checkpoint, ("embedding", "head"))
+    if not cfg.tied:
+        if "embedding" in held and "head" not in held:  # transformers would draw one at random
+            raise CheckpointError(f"{checkpoint.path} has no tensor for the head and config.json does not tie it to {held['embedding']}; "
+                                  "if the model is tied, set \"tie_word_embeddings\": true in config.json or hf_overrides")
+        return cfg, rules
     if "embedding" not in held and "head" in held:
         swap = [dataclasses.replace(rule, target="embedding", optional=False) if isinstance(rule, Rule) and rule.target == "head" else rule
                 for rule in rules]

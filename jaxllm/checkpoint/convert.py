@@ -245,7 +245,7 @@ def _copy_sides(checkpoint: Checkpoint, work: Path, dtype: str | None, written: 
             elif name in folders:
                 (work / place).mkdir(exist_ok=True)
             elif not reason:
-                shutil.copyfile(file, work / place)
+                _copy(file, work / place)
             if reason and not own:
                 left_out.append(f"{place}{'/' if file.is_dir() else ''} ({reason})")
     config = _config(source)
@@ -253,6 +253,13 @@ def _copy_sides(checkpoint: Checkpoint, work: Path, dtype: str | None, written: 
     if dtype is not None and keys:
         (work / "config.json").write_text(json.dumps(config | dict.fromkeys(keys, dtype), indent=2) + "\n")
     return tuple(left_out)
+
+
+def _copy(file: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(file, target)
+    except OSError as error:
+        raise CheckpointError(f"cannot copy {file}: {error.strerror or error}; check its permissions and the room on the disk") from error
 
 
 def _is_read(checkpoint: Checkpoint, name: str) -> bool:

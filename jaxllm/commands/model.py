@@ -97,7 +97,8 @@ def _inspect_parser(commands, common) -> None:
 def run_inspect(args) -> int:
     """`jaxllm inspect`."""
     from jaxllm.checkpoint.inspect import inspect_checkpoint, render
-    inspection = inspect_checkpoint(_source(args.source), args.load_format)
+    from jaxllm.loading import account
+    inspection = inspect_checkpoint(_source(args.source), args.load_format, account)
     if args.format == "json":
         print(inspection.as_json())
     else:

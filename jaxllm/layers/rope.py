@@ -37,21 +37,22 @@ def rope_spec(head_dim: int, max_position: int, parameters: dict, max_model_len:
     the trained length, as in vLLM; transformers takes the short ones for each sequence that is not.
     """
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    named = f"rope type {brief(kind)}"
+    check_fields(parameters, ROPE_FIELDS, f"{named}: ", UnsupportedError)
     reader = SCALINGS.get(kind)
     if reader is None:
-        raise UnsupportedError(f"rope type {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
-    check_fields(parameters, ROPE_FIELDS, f"rope type {kind!r}: ", UnsupportedError)
+        raise UnsupportedError(f"{named} is not supported; supported: {', '.join(SCALINGS)}")
     try:
         base = float(parameters.get("rope_theta", 10000.0))
         width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             spec = reader(base, width, max_position, parameters, max_model_len)
     except KeyError as e:
-        raise UnsupportedError(f"rope type {kind!r} needs the parameter {e.args[0]!r}, which config.json does not give") from e
+        raise UnsupportedError(f"{named} needs the parameter {e.args[0]!r}, which config.json does not give") from e
     except (TypeError, ValueError, ArithmeticError) as e:
-        raise UnsupportedError(f"rope type {kind!r} cannot be built from {_told(parameters)}: {e}; correct config.json") from e
+        raise UnsupportedError(f"{named} cannot be built from {_told(parameters)}: {e}; correct config.json") from e
     if not all(map(math.isfinite, (*spec.frequencies, spec.magnitude))):
-        raise UnsupportedError(f"rope type {kind!r} with {_told(parameters)} gives frequencies that are not finite; correct config.json")
+        raise UnsupportedError(f"{named} with {_told(parameters)} gives frequencies that are not finite; correct config.json")
     if not 1 <= len(spec.frequencies) <= head_dim // 2:
         raise UnsupportedError(f"rope turns pairs, and {width} of the {head_dim} widths of a head are to be turned; correct head_dim or "
                                "partial_rotary_factor in config.json")

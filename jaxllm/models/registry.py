@@ -18,10 +18,10 @@ def architecture(config: dict) -> str:
     names, kind = config.get("architectures") or [], config.get("model_type")
     known = next((name for name in names or [name for name, module in FAMILIES.items() if module == kind] if name in FAMILIES), None)
     if known is None:
-        said = ", ".join(map(brief, names)) or f"missing from config.json, and model_type {brief(kind)} names none"
+        said = ", ".join(map(brief, names[:4])) or f"missing from config.json, and model_type {brief(kind)} names none"
         raise UnsupportedError(f"architecture {said} is not supported; supported: {', '.join(FAMILIES)}")
     if kind in FAMILIES.values() and kind != FAMILIES[known]:
-        raise UnsupportedError(f"config.json names the architecture {known} and the model_type {kind!r}, which say different things; correct one")
+        raise UnsupportedError(f"config.json names the architecture {known} and the model_type {kind}, which say different things; correct one")
     return known
 
 

@@ -225,12 +225,16 @@ def test_a_dict_that_holds_itself_is_refused(tmp_path):
 # A value is named again by two bytes, and what is made of it may take any number: 448 kB of the first reached 5.7 GB.
 AMPLIFIERS = {
     "a list copied by each call": b"\x80\x02ctorch\nSize\nq\x00](" + b"K\x01" * 50_000 + b"eq\x01]q\x02" + b"h\x00h\x01\x85Ra" * 50_000 + b".",
-    "pairs copied by each call": b"\x80\x02ccollections\nOrderedDict\nq\x00](" + b"".join(b"M" + struct.pack("<H", i) + b"N\x86" for i in range(30_000))
-    + b"eq\x01]q\x02" + b"h\x00h\x01\x85Ra" * 30_000 + b".",
-    "text encoded by each call": b"\x80\x02c_codecs\nencode\nq\x00X" + struct.pack("<L", 200_000) + b"a" * 200_000 + b"q\x01]q\x02" + b"h\x00h\x01\x85Ra" * 50_000 + b".",
+    "pairs copied by each call": b"\x80\x02ccollections\nOrderedDict\nq\x00](" + b"".join(
+        b"M" + struct.pack("<H", i) + b"N\x86" for i in range(30_000)) + b"eq\x01]q\x02" + b"h\x00h\x01\x85Ra" * 30_000 + b".",
+    "text encoded by each call": b"\x80\x02c_codecs\nencode\nq\x00X" + struct.pack("<L", 200_000) + b"a" * 200_000 + b"q\x01]q\x02"
+    + b"h\x00h\x01\x85Ra" * 50_000 + b".",
+    "remembered empty lists": b"\x80\x04" + b"]\x94" * 400_000 + b".",
+    "empty dicts": b"\x80\x04" + b"}" * 800_000 + b".",
     "a list that holds itself first": b"\x80\x02]q\x00(h\x00" + b"N" * 400_000 + b"e.",
+    # dict 200 + level holds the one before under eight names: 8**6 names of the one tensor
     "one tensor under many names": dumps({"t": tensor()})[:-1] + b"q\xff" + b"".join(
-        b"}" + b"q" + bytes([200 + level]) + b"(" + b"".join(b"X\x01\0\0\0" + bytes([97 + i]) + b"h" + bytes([199 + level if level else 255]) for i in range(8)) + b"u"
+        b"}q" + bytes([200 + level]) + b"(" + b"".join(b"X\x01\0\0\0" + bytes([97 + i, 104, 199 + level if level else 255]) for i in range(8)) + b"u"
         for level in range(6)) + b"q\x01" + b"0" * 6 + b"h\x01.",
 }
 
