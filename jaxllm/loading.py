@@ -165,18 +165,19 @@ def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf
     config = read_config(path, hf_overrides)
     reader, cfg = describe(path, config, max_model_len)
     generation = read_generation_config(path)
-    more = token_ids(generation.get("eos_token_id"), "eos_token_id", cfg.vocab_size, str(path / "generation_config.json"))
-    cfg = dataclasses.replace(cfg, eos_token_ids=tuple(dict.fromkeys(cfg.eos_token_ids + more)))
+    more = {name: token_ids(generation.get(name), name, cfg.vocab_size, str(path / "generation_config.json"))
+            for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+    cfg = dataclasses.replace(cfg, eos_token_ids=tuple(dict.fromkeys(cfg.eos_token_ids + more["eos_token_id"])))
     stated = config.get("dtype") or config.get("torch_dtype")
     if params is not None:
         if cfg.tied and getattr(params, "head", None) is not None:  # weights that were loaded as `_as_stored` found them
             cfg = dataclasses.replace(cfg, tied=False)
         return LoadedModel(path, cfg, _checked(params, cfg, dtype), generation, ())
     if load_format == "dummy":
-        chosen = dtype if dtype != "auto" else _usable(stated) or "float32"
+        chosen = dtype if dtype != "auto" else _usable(stated, "float32")
         return LoadedModel(path, cfg, dummy_params(decoder.template(cfg, jnp.dtype(chosen)), seed, place=place), generation, ())
     with open_checkpoint(path, load_format) as checkpoint:
-        chosen = dtype if dtype != "auto" else _usable(stated) or _commonest(checkpoint)
+        chosen = dtype if dtype != "auto" else _usable(stated, _commonest(checkpoint))
         cfg, rules = _as_stored(cfg, reader.RULES, checkpoint)
         params = load_params(checkpoint, rules, decoder.template(cfg, jnp.dtype(chosen)), place=place,
                              map_location=pt_load_map_location)
@@ -233,9 +234,12 @@ def _checked(params, cfg: ModelConfig, dtype: str) -> decoder.Decoder:
     return params
 
 
-def _usable(stated) -> str | None:
-    name = str(stated or "").removeprefix("torch.")
-    return name if name in DTYPES else None
+def _usable(stated: str | None, otherwise: str) -> str:
+    name = (stated or otherwise).removeprefix("torch.")
+    if name in DTYPES:
+        return name
+    log.warning("config.json: dtype %s is none of %s; the model runs in %s", brief(stated), ", ".join(DTYPES), otherwise)
+    return otherwise
 
 
 def _commonest(checkpoint) -> str:

@@ -70,11 +70,7 @@ def rope_parameters(config: dict) -> dict:
         raise UnsupportedError(f"rope settings for each layer type ({', '.join(map(brief, stated))}) are not supported; one for all is")
     stated = {name: value for name, value in stated.items() if value is not None}
     beside = {name: config[name] for name in BESIDE_ROPE if config.get(name) is not None}
-    lost = (config.get("rope_parameters") or {}).get("rope_theta")
     found = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, **beside, **stated}
-    if lost is not None and lost != found["rope_theta"]:
-        log.warning("config.json: rope_scaling replaces rope_parameters, as in transformers, so rope_theta is %s and not %s",
-                    brief(found["rope_theta"]), brief(lost))
     if "original_max_position_embeddings" in beside:  # goes before the entry of the same name, as in transformers
         found["original_max_position_embeddings"] = beside["original_max_position_embeddings"]
     return found
@@ -113,7 +109,11 @@ def llama_like(config: dict, max_model_len: int | None, *, windows: tuple[int | 
     kv_heads = field(config, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise UnsupportedError(f"{heads} query heads cannot share {kv_heads} key/value heads: the one must divide the other")
-    rope = rope_spec(head_dim, max_position, rope_parameters(config), max_model_len)
+    parameters, said = rope_parameters(config), (config.get("rope_parameters") or {}).get("rope_theta")
+    rope = rope_spec(head_dim, max_position, parameters, max_model_len)
+    if said is not None and said != parameters["rope_theta"]:
+        log.warning("config.json: rope_scaling replaces rope_parameters, as in transformers, so rope_theta is %s and not %s",
+                    parameters["rope_theta"], brief(said))
     vocab_size = field(config, "vocab_size")
     ids = {name: token_ids(config.get(f"{name}_token_id"), f"{name}_token_id", vocab_size, "config.json") for name in ("bos", "eos", "pad")}
     return ModelConfig(

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from jaxllm import LLM
+from jaxllm import LLM, SamplingParams
 from jaxllm.errors import CheckpointError, JaxllmError, UnsupportedError, UsageError
 from jaxllm.fields import CHANGING, FIELDS, GENERATION_CHANGING, GENERATION_FIELDS
 from jaxllm.layers.rope import rope_spec
@@ -59,7 +59,7 @@ def test_rope_settings_are_those_that_transformers_reads(tmp_path, kind, changes
 
 def test_a_base_that_rope_scaling_drops_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING, "jaxllm"):
-        rope_parameters(config(rope_parameters={"rope_theta": 5e5}, rope_scaling=YARN))
+        read(rope_parameters=PLAIN, rope_scaling=YARN)
     assert "rope_theta is 10000.0 and not 500000.0" in caplog.text
 
 
@@ -156,11 +156,17 @@ def test_every_field_of_generation_config_has_its_type_checked(tmp_path, name):
 def test_ids_outside_the_vocabulary_count_for_nothing_and_are_warned_of(tmp_path, caplog):
     """transformers warns as well; pad_token_id is -1 in published Llamas."""
     tiny.make_folder(tmp_path, eos_token_id=[256, 300, -1, 256], pad_token_id=-1, bos_token_id=10 ** 9)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 5000]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 5000], "pad_token_id": 4000}))
     with caplog.at_level(logging.WARNING, "jaxllm"):
         cfg = load_model(str(tmp_path), load_format="dummy").cfg
     assert cfg.eos_token_ids == (256, 257) and cfg.bos_token_id is None
-    assert all(word in caplog.text for word in ("[300, -1]", "pad_token_id", "bos_token_id", "generation_config.json: eos_token_id", "[5000]"))
+    assert all(word in caplog.text for word in ("[300, -1]", "pad_token_id", "bos_token_id", "generation_config.json: eos_token_id", "[5000]", "[4000]"))
+
+
+def test_a_dtype_that_is_not_supported_is_said_to_be_another(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "jaxllm"):
+        model = load_model(tiny.make_folder(tmp_path, dtype="float64"), load_format="dummy")
+    assert str(model.params.norm.dtype) == "float32" and "'float64'" in caplog.text and "float32" in caplog.text
 
 
 def test_a_context_beyond_the_positions_is_warned_of(tmp_path, caplog):
@@ -278,6 +284,20 @@ def test_an_untied_model_without_its_head_is_refused_with_what_to_set(tmp_path, 
         load_model(path)
     assert load_model(path, hf_overrides={"tie_word_embeddings": True}).params.head is None
     assert set(load_file(tmp_path / "model.safetensors")) == set(without(weights, "lm_head.weight"))
+
+
+def test_a_cluttered_folder_answers_as_the_clean_one(tmp_path, weights):
+    def answer(path):
+        with LLM(path, max_model_len=32, max_num_seqs=1, max_num_batched_tokens=16) as llm:
+            params = SamplingParams(max_tokens=4, temperature=0, logprobs=0, ignore_eos=True)
+            return [(o.token_ids, o.cumulative_logprob) for o in llm.generate(["abc"], params)[0].outputs]
+    clean = answer(saved(tmp_path / "clean", weights, tie_word_embeddings=False))
+    left = dict.fromkeys(("model.layers.0.self_attn.rotary_emb.cos_cached", "rotary_emb.inv_freq", "v_head.summary.weight"), np.zeros(3, np.float32))
+    path = saved(tmp_path / "full", {**weights, **left}, tie_word_embeddings=True, architectures=None, model_type="llama", use_cache=False, pad_token_id=-1)
+    for name in ("adapter_model.safetensors", "value_head.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "training_args.bin"):
+        (tmp_path / "full" / name).write_bytes(b"not of this model")
+    (tmp_path / "full/model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00009.safetensors"}}')
+    assert answer(path) == clean
 
 
 # -- generation_config.json ----------------------------------------------------------------------------------------------
