@@ -59,16 +59,16 @@ def find_layout(path: Path, load_format: str) -> Layout:
         )
     if not path.is_dir():
         return Layout(sniff(path) if load_format == "auto" else load_format, (path,))
-    if load_format == "orbax" or (load_format == "auto" and is_orbax(path)):
-        if not is_orbax(path):
-            raise CheckpointError(f"{path} is not an orbax checkpoint: it has no _METADATA file; give the folder that orbax wrote")
-        return Layout("orbax", (path,))
     candidates = tuple(PATTERNS) if load_format == "auto" else (load_format,)
     for candidate, name in CANONICAL:
         if candidate in candidates and (path / name).is_file():
             return Layout(candidate, (path / name,))
         if candidate in candidates and (path / f"{name}.index.json").is_file():
             return _indexed(path, candidate, path / f"{name}.index.json")
+    if load_format == "orbax" or (load_format == "auto" and is_orbax(path)):
+        if not is_orbax(path):
+            raise CheckpointError(f"{path} is not an orbax checkpoint: it has no _METADATA file; give the folder that orbax wrote")
+        return Layout("orbax", (path,))
     for candidate in candidates:
         for pattern in PATTERNS[candidate]:
             layout = _folder_layout(path, candidate, pattern)
@@ -89,9 +89,9 @@ def find_layout(path: Path, load_format: str) -> Layout:
 
 def left_out(path: Path, files: Iterable[Path]) -> tuple[str, ...]:
     """Names of the files in the folder `path` that are named as weights, of whatever framework, and are none of `files`."""
-    if not path.is_dir() or is_orbax(path):
-        return ()
     used = {file.name for file in files}
+    if not path.is_dir() or path.name in used:  # one file, or a folder that is the checkpoint
+        return ()
     return tuple(file.name for file in sorted(path.iterdir()) if WEIGHTS.fullmatch(file.name) and file.name not in used and file.is_file())
 
 

@@ -55,7 +55,7 @@ def overridden(config: dict, overrides: dict) -> dict:
         if asked and key not in asked:
             merged.pop(key, None)
         elif not asked and key in inner:
-            merged[key] = {name: value for name, value in inner[key].items() if name not in overrides}
+            merged[key] = {name: value for name, value in inner[key].items() if name not in BESIDE_ROPE or name not in overrides}
     base = (inner.get("rope_scaling") or inner.get("rope_parameters") or {}).get("rope_theta")
     return merged | {"rope_theta": base} if asked and base is not None and "rope_theta" not in overrides else merged
 

@@ -133,6 +133,13 @@ def test_the_names_that_transformers_takes_go_first_in_its_order(tmp_path, order
     assert "adapter_model.safetensors" in caplog.text and "an adapter is not applied" in caplog.text
 
 
+def test_the_canonical_file_goes_before_an_orbax_tree_beside_it(tmp_path):
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default/_METADATA").write_text("{}")
+    save_file(ONE, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).load_format == "safetensors"
+
+
 def test_a_stale_index_without_its_shards_is_not_read_beside_the_whole_file(tmp_path):
     save_file(ONE, tmp_path / "model.safetensors")
     write_index(tmp_path, {"a": "model-00001-of-00002.safetensors"})
