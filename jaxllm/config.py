@@ -11,7 +11,7 @@ SCRATCH_PAGES = 4  # of each cache behind those of the pool: what the start-up p
 class RopeSpec:
     """Rotary position embedding (RoFormer, arXiv:2104.09864) as its frequencies, one for each pair of rotated widths.
 
-    `frequencies` already hold the scaling (linear, dynamic, llama3, yarn); `magnitude` multiplies cos and sin (yarn).
+    `frequencies` already hold the scaling (linear, dynamic, llama3, yarn, longrope); `magnitude` multiplies cos and sin (yarn, longrope).
     """
 
     frequencies: tuple[float, ...]

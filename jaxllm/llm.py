@@ -21,7 +21,7 @@ from jaxllm.engine.engine import Engine
 from jaxllm.engine.request import Request, TokenEvent, TokenLogprobs, derived_seed
 from jaxllm.engine.runner import Runner, compilation_cache, own_configuration
 from jaxllm.errors import UnsupportedError, UsageError
-from jaxllm.loading import load_model, shapes
+from jaxllm.loading import load_model, naming, own_sampling, shapes
 from jaxllm.models.decoder import product_shapes
 from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxllm.sampling_params import SamplingParams
@@ -148,13 +148,12 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json asks for; SamplingParams() where it is silent."""
-        given = self._loaded.generation_config
-        known = {k: given[k] for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if given.get(k) is not None}
-        if given.get("do_sample") is False:
-            known |= {"temperature": 0.0}
-        if given.get("max_new_tokens"):
-            known["max_tokens"] = given["max_new_tokens"]
-        return SamplingParams(**known)
+        with naming(self._loaded.path / "generation_config.json"):
+            return SamplingParams(**self.own_sampling())
+
+    def own_sampling(self) -> dict:
+        """The fields of SamplingParams that the model's generation_config.json sets, to be laid under a caller's own."""
+        return own_sampling(self._loaded.generation_config)
 
     @property
     def fingerprint_parts(self) -> dict[str, str]:

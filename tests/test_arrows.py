@@ -83,11 +83,12 @@ def test_the_bookkeeping_of_the_engine_loads_without_jax(start):
 
 
 def test_only_the_command_line_reads_the_environment():
+    """And machine.py, which reads XLA_FLAGS: a variable of XLA's, not an option of ours."""
     def reads(tree):
         return any(isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb") for node in ast.walk(tree)) \
             or any(isinstance(node, ast.ImportFrom) and node.module == "os" and
                    {alias.name for alias in node.names} & {"environ", "getenv"} for node in ast.walk(tree))
-    assert [module_name(file) for file in FILES if reads(parsed(file)) and module_name(file) != "jaxllm.cli"] == []
+    assert [module_name(file) for file in FILES if reads(parsed(file)) and module_name(file) not in ("jaxllm.cli", "jaxllm.machine")] == []
 
 
 def test_no_file_holds_two_rooms():

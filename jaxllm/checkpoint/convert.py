@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.checkpoint.index import Checkpoint, open_checkpoint
+from jaxllm.checkpoint.layout import WEIGHTS
 from jaxllm.checkpoint.mapped import LazyTensor, brief
 from jaxllm.checkpoint.orbax_tree import write_orbax
 from jaxllm.checkpoint.writers import Item, cast_values, check_writable, write_npz, write_safetensors
@@ -32,8 +33,6 @@ log = logging.getLogger("jaxllm.checkpoint")
 TARGETS = ("safetensors", "orbax", "npz")
 CAST_DTYPES = ("float32", "bfloat16", "float16", "float64")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-# Weights of any framework, and their indexes: everything else of a model folder goes along (config, tokenizer, card).
-WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|npz|h5|msgpack|onnx|gguf|ot|ckpt)(\.index\.json)?|\..*")
 MAX_SIDE_BYTES = 256 << 20
 
 type Progress = Callable[[int, int], None]
@@ -41,7 +40,10 @@ type Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did: bytes of tensors in the target, those of them that an earlier run had written, seconds."""
+    """What a conversion did: bytes of tensors in the target, those of them that an earlier run had written, seconds.
+
+    `left_out` names what of the source's folder did not go along, each with its reason.
+    """
 
     target: Path
     files: tuple[str, ...]
@@ -49,6 +51,7 @@ class Conversion:
     nbytes: int
     resumed_bytes: int
     seconds: float
+    left_out: tuple[str, ...] = ()
 
     @property
     def bytes_per_s(self) -> float:
@@ -65,7 +68,7 @@ def convert(
     load_format: str = "auto",
     progress: Progress | None = None,
 ) -> Conversion:
-    """What was written to the new folder `dst`: the tensors of `src` as `to`, and the other files of its folder.
+    """What was written to the new folder `dst`: the tensors of `src` as `to`, and all else of its folder but other weights.
 
     `to`: safetensors, npz (shards of at most `max_shard_size` bytes, such as 5GB, and an index if there are several) or
     orbax (one tree, started anew when resumed). `dtype` casts the floating tensors. `progress(done, total)` gets bytes.
@@ -99,12 +102,12 @@ def convert(
                     _write_shard(work, name, to, shard, aliases, done.add)
             if to != "orbax" and len(shards) > 1:
                 _write_index(work, to, shards, names, total)
-            _copy_sides(checkpoint.path, work, dtype)
+            left_out = _copy_sides(checkpoint, work, dtype, names)
             _check_result(work, to, {item.name: (item.source.shape, item.dtype) for item in items} | _alias_shapes(aliases, items))
             (work / _QUESTION).unlink()
             os.replace(work, target)
             _sync_folder(target.parent)
-        return Conversion(target, tuple(names), len(items) + len(aliases), total, resumed, time.monotonic() - started)
+        return Conversion(target, tuple(names), len(items) + len(aliases), total, resumed, time.monotonic() - started, left_out)
 
 
 def parse_size(size: int | str) -> int:
@@ -226,16 +229,59 @@ def _write_index(work: Path, to: str, shards: list[list[Item]], names: list[str]
     (work / f"model.{to}.index.json").write_text(text)
 
 
-def _copy_sides(source: Path, work: Path, dtype: str | None) -> None:
+def _copy_sides(checkpoint: Checkpoint, work: Path, dtype: str | None, written: list[str]) -> tuple[str, ...]:
+    """What did not go along of the source's folder and the folders in it, and why; all else is copied."""
+    source, left_out = checkpoint.path, []
     if not source.is_dir():
-        return
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not WEIGHTS.fullmatch(file.name) and file.stat().st_size <= MAX_SIDE_BYTES and file.name != _QUESTION:
-            shutil.copyfile(file, work / file.name)
+        return ()
+    for folder, folders, files in os.walk(source):
+        inner = Path(folder).relative_to(source)
+        for name in [*sorted(folders), *sorted(files)]:
+            file, place = Path(folder, name), inner / name
+            own = inner == Path(".") and _is_read(checkpoint, name)
+            reason = "it is converted" if own else "its name is taken" if str(place) in (_QUESTION, *written) else _unwanted(file)
+            if reason and name in folders:
+                folders.remove(name)
+            elif name in folders:
+                (work / place).mkdir(exist_ok=True)
+            elif not reason:
+                _copy(file, work / place)
+            if reason and not own:
+                left_out.append(f"{place}{'/' if file.is_dir() else ''} ({reason})")
     config = _config(source)
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     if dtype is not None and keys:
         (work / "config.json").write_text(json.dumps(config | dict.fromkeys(keys, dtype), indent=2) + "\n")
+    return tuple(left_out)
+
+
+def _copy(file: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(file, target)
+    except OSError as error:
+        raise CheckpointError(f"cannot copy {file}: {error.strerror or error}; check its permissions and the room on the disk") from error
+
+
+def _is_read(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether this entry at the top of the source's folder is part of the weights that are converted."""
+    if checkpoint.load_format != "orbax":
+        return bool(WEIGHTS.fullmatch(name)) and name not in checkpoint.left_out
+    if not (checkpoint.path / "_METADATA").is_file():
+        return name in ("default", "_CHECKPOINT_METADATA")
+    return name.startswith("_") or name in ("commit_success.txt", "manifest.ocdbt", "descriptor") or (checkpoint.path / name).is_dir()
+
+
+def _unwanted(file: Path) -> str | None:
+    """Why this file or folder does not go along with converted weights; None if it does."""
+    if file.name.startswith("."):
+        return "hidden"
+    if file.is_dir():
+        return "a link to a folder" if file.is_symlink() else None
+    if WEIGHTS.fullmatch(file.name):
+        return "other weights or training state"
+    if not file.is_file():
+        return "not a plain file"
+    return f"more than {MAX_SIDE_BYTES >> 20} MiB" if file.stat().st_size > MAX_SIDE_BYTES else None
 
 
 def _config(source: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from jaxllm.checkpoint.layout import Layout, find_layout, refuse_pointer
+from jaxllm.checkpoint.layout import ADAPTER, Layout, find_layout, left_out, refuse_pointer
 from jaxllm.checkpoint.mapped import LazyTensor, MappedFile, brief
 from jaxllm.checkpoint.npz import read_npz
 from jaxllm.checkpoint.orbax_tree import read_orbax
@@ -22,6 +22,9 @@ __all__ = ["Checkpoint", "LazyTensor", "open_checkpoint"]
 
 log = logging.getLogger("jaxllm.checkpoint")
 
+# Bytes of a tensor for each byte on the disk: deflate packs 1032 to 1, and a stride of zero or an absent zarr chunk needs none.
+MOST_UNFOLDING = 2048
+
 
 class Checkpoint(Mapping[str, LazyTensor]):
     """The tensors of one checkpoint by name, in file order; a context manager that owns the memory maps."""
@@ -30,6 +33,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self.path = path
         self.load_format = layout.load_format
         self.files = layout.files
+        self.left_out = left_out(path, (*layout.files, *([layout.index_file] if layout.index_file else [])))
         self._tensors = tensors
         self._maps = maps
 
@@ -68,7 +72,8 @@ def open_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Check
     """The checkpoint at `path`, its headers checked and none of its data read.
 
     `path` is a folder in Hugging Face layout or one file. `load_format`: auto, safetensors, pt (.bin, .pt, .pth), npz
-    or orbax; auto takes the first of these that the folder holds. An index file decides which shards count. Raises
+    or orbax; auto takes the names that transformers takes, in its order (model.safetensors, its index, pytorch_model.bin,
+    its index), else the first of these formats that the folder holds. `left_out` names what else looks like weights. Raises
     CheckpointError for what is missing or damaged, UnsupportedError for what jaxllm does not read, each by name.
     """
     path = Path(path).expanduser()
@@ -77,7 +82,9 @@ def open_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Check
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions") from error
     if layout.load_format == "orbax":
-        return Checkpoint(path, layout, _some(read_orbax(path), path), ())
+        found = _some(read_orbax(path), path)
+        _refuse_unfolding(found, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
+        return Checkpoint(path, layout, found, ())
     tensors: dict[str, LazyTensor] = {}
     maps: list[MappedFile] = []
     for file in layout.files:
@@ -89,10 +96,24 @@ def open_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Check
             raise CheckpointError(
                 f"tensor {brief(twice)} is in {tensors[twice].file} and in {file}; one of them must go, or an index file must choose"
             )
+        _refuse_unfolding(found, mapped.size)
         tensors.update(found)
     if layout.index_file is not None:
         _check_index(layout, tensors)
-    return Checkpoint(path, layout, _some(tensors, path), tuple(maps))
+    checkpoint = Checkpoint(path, layout, _some(tensors, path), tuple(maps))
+    if checkpoint.left_out:
+        adapted = [name for name in checkpoint.left_out if ADAPTER.fullmatch(name)]
+        log.log(logging.WARNING if adapted else logging.INFO, "%s: left out: %s%s", path, ", ".join(checkpoint.left_out),
+                "; an adapter is not applied, merge it first if it is wanted" if adapted else "")
+    return checkpoint
+
+
+def _refuse_unfolding(tensors: dict[str, LazyTensor], stored: int) -> None:
+    for name, tensor in tensors.items():
+        if tensor.nbytes > MOST_UNFOLDING * max(stored, 4096):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {brief(name)} unfolds {stored} bytes to {tensor.nbytes}, more than {MOST_UNFOLDING} for each; refused"
+            )
 
 
 def _some(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:

@@ -3,7 +3,8 @@
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -28,7 +29,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's tensors and totals; `stored_bytes` counts shared tensors once, `architecture` is config.json's."""
+    """A checkpoint's tensors and totals; `stored_bytes` counts shared tensors once, `architecture` is config.json's.
+
+    `left_out` names files beside it that look like weights and are not read; `keys` says what becomes of the keys of its JSON
+    files: {file: {"honoured": keys, "ignored": keys, "refused": why it cannot be loaded, or None}}.
+    """
 
     path: str
     container: str
@@ -40,6 +45,8 @@ class Inspection:
     total_bytes: int
     stored_bytes: int
     dtypes: dict[str, int]
+    left_out: tuple[str, ...] = ()
+    keys: dict[str, dict] = field(default_factory=dict)
 
     def as_json(self) -> str:
         """The inspection as one JSON object (files as {name, bytes})."""
@@ -47,8 +54,11 @@ class Inspection:
         return json.dumps(fields, indent=2)
 
 
-def inspect_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> Inspection:
-    """The Inspection of the checkpoint at `path`: headers are read and checked, data are not. Raises as open_checkpoint."""
+def inspect_checkpoint(path: str | os.PathLike, load_format: str = "auto", account: Callable[[Path], dict] | None = None) -> Inspection:
+    """The Inspection of the checkpoint at `path`: headers are read and checked, data are not. Raises as open_checkpoint.
+
+    `account` gives the `keys` of a folder; it is the caller's, who knows the models.
+    """
     with open_checkpoint(path, load_format) as checkpoint:
         config = _config(checkpoint.path)
         architectures = config.get("architectures")
@@ -79,6 +89,8 @@ def inspect_checkpoint(path: str | os.PathLike, load_format: str = "auto") -> In
             total_bytes=checkpoint.total_bytes,
             stored_bytes=stored,
             dtypes=dict(dtypes),
+            left_out=checkpoint.left_out,
+            keys=account(checkpoint.path) if account and checkpoint.path.is_dir() else {},
         )
 
 
@@ -105,6 +117,13 @@ def render(inspection: Inspection, console: "rich.console.Console") -> None:  # 
         ("bytes", f"{inspection.stored_bytes:,}" + (f" ({inspection.total_bytes:,} if shared tensors count each)" if inspection.total_bytes != inspection.stored_bytes else "")),
     ):
         console.print(f"[bold]{label:>12}[/bold]  {escape(text)}", highlight=False)
+    if inspection.left_out:
+        console.print(f"[bold]{'left out':>12}[/bold]  {escape(', '.join(inspection.left_out))}", highlight=False)
+    for file, keys in inspection.keys.items():
+        for label in ("ignored", "refused"):
+            if keys[label]:
+                text = keys[label] if isinstance(keys[label], str) else f"in {file}: {', '.join(keys[label])}"
+                console.print(f"[bold]{label:>12}[/bold]  {escape(text)}", highlight=False)
 
 
 def _config(path: Path) -> dict:

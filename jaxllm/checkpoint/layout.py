@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from jaxllm.checkpoint.mapped import brief
-from jaxllm.errors import CheckpointError, UsageError
+from jaxllm.errors import CheckpointError, UnsupportedError, UsageError
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "npz", "orbax")
 
@@ -20,10 +20,19 @@ PATTERNS = MappingProxyType(
         "npz": ("*.npz",),
     }
 )
+# The names that transformers looks for, in its order; each may be one file or, with .index.json behind it, the index of several.
+CANONICAL = (("safetensors", "model.safetensors"), ("pt", "pytorch_model.bin"))
+# Weights of any framework, and their indexes.
+WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|npz|h5|msgpack|onnx|gguf|ot|ckpt)(\.index\.json)?")
+ADAPTERS = r"adapter_model|adapter|pytorch_lora_weights|non_lora_trainables"
 # Files that trainers leave beside the weights; they end like weights and are none.
 NOT_WEIGHTS = re.compile(
-    r"(training_args|optimizer|scheduler|lr_scheduler|scaler|rng_state|random_states|trainer_state)([._-].*)?\.(bin|pt|pth|npz|safetensors)"
+    r"(training_args|optimizer|scheduler|lr_scheduler|scaler|rng_state|random_states|trainer_state|value_head|v_head|" + ADAPTERS
+    + r")([._-].*)?\.(bin|pt|pth|npz|safetensors)"
 )
+ADAPTER = re.compile(rf"({ADAPTERS})\.(bin|pt|safetensors)")
+# The same weights in another precision, as transformers and diffusers name them.
+VARIANT = re.compile(r"(model|pytorch_model)\.[^.]+?(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})(?P<ending>\.[a-z]+)")
 MAX_INDEX_BYTES = 256 << 20
 
@@ -50,21 +59,40 @@ def find_layout(path: Path, load_format: str) -> Layout:
         )
     if not path.is_dir():
         return Layout(sniff(path) if load_format == "auto" else load_format, (path,))
+    candidates = tuple(PATTERNS) if load_format == "auto" else (load_format,)
+    for candidate, name in CANONICAL:
+        if candidate in candidates and (path / name).is_file():
+            return Layout(candidate, (path / name,))
+        if candidate in candidates and (path / f"{name}.index.json").is_file():
+            return _indexed(path, candidate, path / f"{name}.index.json")
     if load_format == "orbax" or (load_format == "auto" and is_orbax(path)):
         if not is_orbax(path):
             raise CheckpointError(f"{path} is not an orbax checkpoint: it has no _METADATA file; give the folder that orbax wrote")
         return Layout("orbax", (path,))
-    for candidate in PATTERNS if load_format == "auto" else (load_format,):
+    for candidate in candidates:
         for pattern in PATTERNS[candidate]:
             layout = _folder_layout(path, candidate, pattern)
             if layout:
                 return layout
+    if adapters := [file.name for file in sorted(path.iterdir()) if ADAPTER.fullmatch(file.name)]:
+        raise UnsupportedError(
+            f"{path} holds an adapter ({_some(adapters)}) and no model; adapters are not supported: merge it into its base model "
+            "(peft: merge_and_unload, save_pretrained) and give that folder"
+        )
     wanted = [pattern for name in (PATTERNS if load_format == "auto" else (load_format,)) for pattern in PATTERNS[name]]
     raise CheckpointError(
         f"no weights in {path}: it holds {_listing(path)}; wanted {' or '.join(wanted)}"
         + ("" if load_format == "auto" else f" (load_format={load_format}; try load_format=auto)")
         + "; finish the download or give another folder"
     )
+
+
+def left_out(path: Path, files: Iterable[Path]) -> tuple[str, ...]:
+    """Names of the files in the folder `path` that are named as weights, of whatever framework, and are none of `files`."""
+    used = {file.name for file in files}
+    if not path.is_dir() or path.name in used:  # one file, or a folder that is the checkpoint
+        return ()
+    return tuple(file.name for file in sorted(path.iterdir()) if WEIGHTS.fullmatch(file.name) and file.name not in used and file.is_file())
 
 
 def is_orbax(path: Path) -> bool:
@@ -110,7 +138,7 @@ def _folder_layout(path: Path, load_format: str, pattern: str) -> Layout | None:
         return _indexed(path, load_format, index_files[0])
     files = [file for file in sorted(path.glob(pattern)) if file.is_file() and not NOT_WEIGHTS.fullmatch(file.name)]
     # Mistral's own release format repeats the same weights under other names beside the Hugging Face files.
-    plain = [file for file in files if not file.name.startswith("consolidated")]
+    plain = [file for file in files if not file.name.startswith("consolidated") and not VARIANT.fullmatch(file.name)]
     files = plain or files
     _refuse_partial_shards(path, files)
     return Layout(load_format, tuple(files)) if files else None

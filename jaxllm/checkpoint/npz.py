@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.checkpoint.mapped import LazyTensor, MappedFile, brief, checked_shape, count_bytes
-from jaxllm.checkpoint.zipmap import Member, member_bytes, read_members
+from jaxllm.checkpoint.zipmap import Member, description_bytes, member_bytes, member_head, read_members
 from jaxllm.errors import CheckpointError, UnsupportedError
 
 DTYPES_MEMBER = "__dtypes__"
@@ -38,8 +38,7 @@ def _header(mapped: MappedFile, member: Member) -> tuple[tuple[int, ...], bool, 
     """Shape, whether in Fortran order, dtype, and the bytes before the values."""
     if member.deflated and member.size > 1 << 32:
         raise UnsupportedError(f"{mapped.path}: {brief(member.name)} is compressed and above 4 GiB; write it with numpy.savez")
-    # Deflated members are inflated whole: a header is not worth a second path for files that nobody writes large.
-    stream = io.BytesIO(member_bytes(mapped, member)[: MAX_HEADER_BYTES + 64].tobytes())
+    stream = io.BytesIO(member_head(mapped, member, MAX_HEADER_BYTES + 64))
     try:
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0), (3, 0)):
@@ -55,7 +54,7 @@ def _header(mapped: MappedFile, member: Member) -> tuple[tuple[int, ...], bool, 
 
 def _read_dtypes(mapped: MappedFile, member: Member, header: tuple) -> dict[str, np.dtype]:
     try:
-        names = json.loads(member_bytes(mapped, member)[header[3] :].tobytes().decode("utf-8"))
+        names = json.loads(description_bytes(mapped, member)[header[3] :].tobytes().decode("utf-8"))
         return {name: NAMED_DTYPES[dtype] for name, dtype in names.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{mapped.path}: its {DTYPES_MEMBER} is damaged ({brief(str(error))}); fetch it again") from error

@@ -2,8 +2,9 @@
 
 Python's own unpickler imports what a file names and calls it. This one imports nothing: a global is a key of a table
 that the caller gives, and a key that is not there ends the load with its name before anything else happens. It also
-bounds what a hostile file can cost: no opcode makes more than its own bytes warrant, the memo is a dict (so that a
-huge index costs nothing), and dict keys are scalars (a nest of shared tuples takes 2**depth steps to hash).
+bounds what a hostile file can cost: no opcode makes more than its own bytes warrant, calls are given no more than the
+pickle has bytes, the memo is a dict (so that a huge index costs nothing), and dict keys are scalars and short tuples of
+them (a nest of shared tuples takes 2**depth steps to hash).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +20,10 @@ from jaxllm.errors import CheckpointError, UnsupportedError
 MAX_OPCODES = 10_000_000
 MAX_BYTES = 256 << 20
 MAX_NAME_BYTES = 4096
+MAX_KEY_PARTS = 64  # of a tuple that is a dict key, counted through all its levels
+GIVEN_FREE = 4096  # entries that calls may be given more than the pickle has bytes, so that short ones need no care
 _MARK = object()
+_SIZED = (str, bytes, list, tuple, dict)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,13 @@ class Allowed:
 
     name: str
     build: Callable[..., object]
+
+
+class Unread:
+    """A value that no state dict needs, of which nothing is kept: sets, and what is made of bytes."""
+
+
+UNREAD = Unread()
 
 
 class Truncated(Exception):
@@ -55,6 +66,7 @@ class _Machine:
     def __init__(self, data, start, allowed, where, load_persistent):
         # A memoryview: indexing it costs a tenth of slicing an array, and a large model's pickle has millions of opcodes.
         self.data, self.position, self.end = memoryview(data), start, min(data.size, start + MAX_BYTES)
+        self.start, self.given = start, 0
         self.allowed, self.where, self.load_persistent = allowed, where, load_persistent
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
@@ -132,6 +144,10 @@ class _Machine:
     def call(self, function: object, args: object) -> None:
         if not isinstance(function, Allowed) or not isinstance(args, tuple):
             raise CheckpointError(f"{self.where} calls {_title(function)}, which is not a function of the list; refused, nothing was executed")
+        # A value may be named again for two bytes and copied by each call: honest ones are given what they were written with.
+        self.given += sum(len(arg) for arg in args if isinstance(arg, _SIZED))
+        if self.given > self.position - self.start + GIVEN_FREE:
+            raise CheckpointError(f"{self.where} gives its calls more than its own bytes hold, over and over; refused")
         try:
             self.push(function.build(*args))
         except (TypeError, ValueError) as error:
@@ -141,8 +157,8 @@ class _Machine:
         if type(target) is not dict or len(pairs) % 2:
             raise ValueError(f"items are set on {_title(target)}")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if not isinstance(key, str | int | float | bytes | None):
-                raise ValueError(f"a dict key is {_title(key)}; only text and numbers are allowed")
+            if not _is_key(key):
+                raise ValueError(f"a dict key is {_title(key)}; only text, numbers and short tuples of them are allowed")
             target[key] = value
 
     def extend(self, target: object, values: list[object]) -> None:
@@ -154,6 +170,19 @@ class _Machine:
         self.pop()  # the state: torch hangs version metadata on a state dict, which says nothing about its tensors
         if type(self.stack[-1]) is not dict:
             raise CheckpointError(f"{self.where} sets the state of {_title(self.stack[-1])}; only a dict may have one; nothing was executed")
+
+
+def _is_key(key: object) -> bool:
+    """Whether `key` costs little to hash: a scalar, or a tuple of at most MAX_KEY_PARTS of them."""
+    todo, parts = [key], 0
+    while todo:
+        part = todo.pop()
+        parts += 1
+        if isinstance(part, tuple) and parts + len(todo) + len(part) <= MAX_KEY_PARTS:
+            todo.extend(part)
+        elif not isinstance(part, str | int | float | complex | bytes | None):
+            return False
+    return True
 
 
 def _title(value: object) -> str:
@@ -241,14 +270,24 @@ def _dict_from_mark(machine: _Machine) -> None:
     machine.set_items(machine.stack[-1], pairs)
 
 
+def _add_items(machine: _Machine) -> None:
+    machine.pop_to_mark()
+    if machine.stack[-1] is not UNREAD:
+        raise ValueError(f"items are added to {_title(machine.stack[-1])}")
+
+
+def _frozen_set(machine: _Machine) -> None:
+    machine.pop_to_mark()
+    machine.push(UNREAD)
+
+
 def _protocol(machine: _Machine) -> None:
     if (version := machine.take(1)[0]) > 5:
         raise ValueError(f"pickle protocol {version}, newer than 5")
 
 
 # What each opcode does, under the names of pickletools. Absent on purpose: INST, OBJ, NEWOBJ, NEWOBJ_EX (objects of
-# classes), PERSID (text ids), EXT1/2/4 (a registry of this process), NEXT_BUFFER, READONLY_BUFFER (outside data),
-# FROZENSET, EMPTY_SET, ADDITEMS, BYTEARRAY8 (no state dict has them).
+# classes), PERSID (text ids), EXT1/2/4 (a registry of this process), NEXT_BUFFER, READONLY_BUFFER (outside data).
 _OPERATIONS: Mapping[int, Callable[[_Machine], None]] = {
     0x80: _protocol,  # PROTO
     0x95: lambda m: m.take(8) and None,  # FRAME: a hint for buffering
@@ -278,6 +317,10 @@ _OPERATIONS: Mapping[int, Callable[[_Machine], None]] = {
     ord("B"): lambda m: _bytes(m, 4),  # BINBYTES
     ord("C"): lambda m: _bytes(m, 1),  # SHORT_BINBYTES
     0x8E: lambda m: _bytes(m, 8),  # BINBYTES8
+    0x96: lambda m: _bytes(m, 8),  # BYTEARRAY8
+    0x8F: lambda m: m.push(UNREAD),  # EMPTY_SET
+    0x90: _add_items,  # ADDITEMS
+    0x91: _frozen_set,  # FROZENSET
     ord(")"): lambda m: m.push(()),
     ord("t"): lambda m: m.push(tuple(m.pop_to_mark())),
     0x85: lambda m: _tuple_of(m, 1),

@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 
 from jaxllm.checkpoint.transforms import Concat, Identity, Reshape, Slice, Stack, Transform, Transpose, chain_of
@@ -71,12 +72,23 @@ class Ignore:
         return _ignore_regex(self.pattern).fullmatch(name) is not None
 
 
-# What trainers save beside the weights in one file; everything under these top-level keys is left out by name.
+# What trainers save beside the weights in one file; these top-level keys and everything under them are left out by name.
 TRAINING_STATE = tuple(
-    Ignore(f"{key}.**")
-    for key in ("optimizer", "optimizer_state_dict", "optimizer_states", "optimizers", "lr_scheduler", "lr_schedulers", "scheduler")
-    + ("scheduler_state_dict", "scaler", "scaler_state_dict", "grad_scaler", "rng_state", "callbacks", "loops")
+    Ignore(f"{key}{under}")
+    for key in ("optimizer", "optimizer_*", "optimizers", "optim", "optim_*", "opt_state", "*scheduler", "*schedulers", "*scheduler_*")
+    + ("scaler", "scaler_*", "grad_scaler", "*rng_state", "*rng_states", "*rng_tracker_*", "callbacks", "loops", "epoch", "step")
+    + ("global_step", "global_steps", "iteration", "iter", "loss", "best_loss", "best_*metric", "lr", "learning_rate")
+    for under in (".**", "")
 )
+# Tables of the rotary embedding that older code saved as buffers, under whatever module held them. They are computed from the
+# config; transformers and vLLM leave them out as well.
+ROTARY_BUFFERS = tuple(
+    Ignore(f"{under}{module}.{buffer}")
+    for module in ("rotary_emb", "rotary_embedding", "rotary_pos_emb", "rotary", "rope")
+    for buffer in ("inv_freq", "original_inv_freq", "long_inv_freq", "cos_cached", "sin_cached", "cos", "sin", "freqs", "freqs_cis", "cos_sin_cache")
+    for under in ("**.", "")
+)
+LEFT_OUT = TRAINING_STATE + ROTARY_BUFFERS
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ def match(rules: Iterable[Rule | Ignore], names: Iterable[str], targets: Iterabl
         known = next((form for form in forms if form in table), None)
         if known is None:
             by = next((rule.pattern for rule in ignores if any(rule.matches(form) for form in forms)), None)
-            by = by or next((rule.pattern for rule in TRAINING_STATE if rule.matches(name)), None)
+            by = by or next((rule.pattern for rule in LEFT_OUT for form in _unwrapped(name, strip) if rule.matches(form)), None)
             if by is None:
                 unexpected.append(name)
             else:
@@ -153,6 +165,18 @@ def match(rules: Iterable[Rule | Ignore], names: Iterable[str], targets: Iterabl
     for pattern, count in Counter(ignored.values()).items():
         log.info("%d tensors ignored by rule %s", count, pattern)
     return Match(tuple(fills), ignored, missing, tuple(unexpected), tuple(clashes), strip, variants)
+
+
+def sources(rules: Iterable[Rule | Ignore], names: Iterable[str], targets: Iterable[str]) -> dict[str, str]:
+    """For each of these targets, which one tensor each fills, the name that does; without those that none fills."""
+    names = tuple(names)
+    table = _Table(tuple(rule for rule in rules if isinstance(rule, Rule)))
+    strip, add = _prefix(table, names)
+    found = {}
+    for name in names:
+        known = next((form for form in _forms(name, strip, add) if form in table), None)
+        found |= {rule.target: name for rule, _, _ in table[known] if rule.target in targets} if known else {}
+    return found
 
 
 class _Table:
@@ -205,6 +229,16 @@ def _forms(name: str, strip: str, add: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((add + stripped, stripped, name)))
 
 
+def _unwrapped(name: str, strip: str) -> list[str]:
+    """The name, and what is left of it without the outer parts of the prefix: training state lies beside the model."""
+    forms = [name]
+    for piece in re.findall(r"[^.]+\.", strip):
+        if not forms[-1].startswith(piece):
+            break
+        forms.append(forms[-1].removeprefix(piece))
+    return forms
+
+
 def _prefix(table: _Table, names: tuple[str, ...]) -> tuple[str, str]:
     """The (removed, added) prefix under which most names are known; ("", "") wins ties, shorter prefixes win next.
 
@@ -231,6 +265,7 @@ def _substitute(pattern: str, values: Mapping[str, int]) -> str:
     return PLACEHOLDER.sub(lambda found: str(values[found[1]]), pattern)
 
 
+@cache
 def _ignore_regex(pattern: str) -> re.Pattern:
     pieces = re.split(r"(\{\w+\}|\*\*|\*)", pattern)
     wild = {"**": ".*", "*": "[^.]*"}

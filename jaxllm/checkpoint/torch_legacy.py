@@ -35,8 +35,9 @@ def read_torch_legacy(mapped: MappedFile) -> dict[str, LazyTensor]:
     version, position = read_pickle(mapped.bytes, position, {}, where, load_persistent)
     if type(version) is not int or version != PROTOCOL_VERSION:
         raise UnsupportedError(f"{where} has torch's protocol version {brief(version)}; {PROTOCOL_VERSION} is the one that is read")
-    _, position = read_pickle(mapped.bytes, position, {}, where, load_persistent)
-    saved, position = read_pickle(mapped.bytes, position, ALLOWED, where, load_persistent)
+    _, start = read_pickle(mapped.bytes, position, {}, where, load_persistent)
+    saved, position = read_pickle(mapped.bytes, start, ALLOWED, where, load_persistent)
+    described = position - start
     keys, position = read_pickle(mapped.bytes, position, {}, where, load_persistent)
     if not isinstance(keys, list) or any(type(key) not in (str, int) for key in keys) or len(set(map(str, keys))) != len(keys):
         raise CheckpointError(f"{where} has a damaged list of storages; fetch the file again")
@@ -48,7 +49,7 @@ def read_torch_legacy(mapped: MappedFile) -> dict[str, LazyTensor]:
         if len(widths) != 1:
             raise CheckpointError(f"{where} reads the storage {brief(key)} as types of different widths; the file is damaged")
         storages[key], position = _storage(mapped, position, widths.pop(), key)
-    records = tensors_of(saved, where)
+    records = tensors_of(saved, where, described)
     for name, record in records.items():
         if record.storage.key not in storages:
             raise CheckpointError(f"{where}: the values of tensor {brief(name)} (storage {brief(record.storage.key)}) are not in the file")

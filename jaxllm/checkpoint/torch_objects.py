@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.checkpoint.mapped import brief
-from jaxllm.checkpoint.pickles import Allowed
+from jaxllm.checkpoint.pickles import UNREAD, Allowed
 from jaxllm.errors import CheckpointError, UnsupportedError
 
 log = logging.getLogger("jaxllm.checkpoint")
@@ -23,6 +23,8 @@ log = logging.getLogger("jaxllm.checkpoint")
 MAX_DEPTH = 32
 MAX_ENTRIES = 300_000
 MAX_NAME_LENGTH = 1024  # shared long keys would multiply into any amount of memory
+ENTRIES_FREE = 1024  # entries beyond one for each byte of the pickle, and letters of names beyond NAME_LETTERS for each
+NAME_LETTERS = 64
 
 _NAMED = {name: np.dtype(name) for name in "float64 float32 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex64 complex128".split()}
 _ML = "bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu".split()
@@ -123,12 +125,35 @@ def _size(sizes=()) -> tuple:
     return tuple(sizes)
 
 
+def _counter(counts=None) -> dict:
+    if counts is not None and not isinstance(counts, dict):
+        raise TypeError("counts are a dict")
+    return {} if counts is None else counts
+
+
+def _complex(real, imaginary=0.0) -> complex:
+    if type(real) not in (int, float) or type(imaginary) not in (int, float):
+        raise TypeError("a complex number is two numbers")
+    return complex(real, imaginary)
+
+
+def _encoded(text, encoding="latin1") -> bytes:
+    """Bytes, which pickles before protocol 3 write as text."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise TypeError("bytes are written as latin1 text")
+    return text.encode("latin1")
+
+
 def _device(kind, index=None) -> str:
     return brief(kind) if index is None else f"{brief(kind)}:{brief(index)}"
 
 
 _CALLS = {
     "collections.OrderedDict": _ordered_dict,
+    "collections.Counter": _counter,
+    "_codecs.encode": _encoded,
+    **{f"{place}.complex": _complex for place in ("builtins", "__builtin__")},
+    **{f"{place}.{name}": lambda *parts: UNREAD for place in ("builtins", "__builtin__") for name in ("set", "frozenset", "bytearray")},
     "torch.Size": _size,
     "torch.device": _device,
     "torch._utils._rebuild_tensor": _tensor,
@@ -191,20 +216,29 @@ def storage_ref(saved: object, where: str) -> StorageRef:
     return StorageRef(root.type, root.key, root.location, view[2], view[1])
 
 
-def tensors_of(value: object, where: str) -> dict[str, TensorRecord]:
-    """Every tensor of a nest of dicts and lists under its path, joined with dots; what is no tensor is left out and logged."""
+def tensors_of(value: object, where: str, nbytes: int) -> dict[str, TensorRecord]:
+    """Every tensor of a nest of dicts and lists under its path, joined with dots; what is no tensor is left out and logged.
+
+    `nbytes` are those of the pickle that described the nest: entries and letters of names are bounded by them, because
+    a part that is shared is written once and found many times.
+    """
     found: dict[str, TensorRecord] = {}
+    most, letters = min(MAX_ENTRIES, nbytes + ENTRIES_FREE), NAME_LETTERS * (nbytes + ENTRIES_FREE)
     others = 0
     shown: list[str] = []
     for count, (path, leaf) in enumerate(_leaves(value, where)):
-        if count >= MAX_ENTRIES:
-            raise CheckpointError(f"{where} describes more than {MAX_ENTRIES} entries; a state dict has fewer; refused")
+        if count >= most:
+            raise CheckpointError(f"{where} describes more than {most} entries; a state dict of its size has fewer; refused")
         if not isinstance(leaf, TensorRecord):
             others += 1
             shown += [brief(".".join(path))] if others <= 5 else []
             continue
-        if sum(map(len, path)) > MAX_NAME_LENGTH:
+        length = sum(map(len, path))
+        letters -= length
+        if length > MAX_NAME_LENGTH:
             raise CheckpointError(f"{where} holds a name of more than {MAX_NAME_LENGTH} characters; a state dict does not; refused")
+        if letters < 0:
+            raise CheckpointError(f"{where} describes names of more than {NAME_LETTERS} times its own bytes; a state dict does not; refused")
         name = ".".join(path) or "tensor"
         if name in found:
             raise CheckpointError(f"{where} holds two tensors named {brief(name)}; rename one before saving")
@@ -216,18 +250,31 @@ def tensors_of(value: object, where: str) -> dict[str, TensorRecord]:
 
 
 def _leaves(root: object, where: str) -> Iterator[tuple[tuple[str, ...], object]]:
-    pending: list[tuple[tuple[str, ...], object]] = [((), root)]
+    # Iterators and not lists of what is left: a list that holds itself would be laid out again at each level.
+    pending: list[Iterator[tuple[tuple[str, ...], object]]] = [iter([((), root)])]
     while pending:
-        path, value = pending.pop()
+        entry = next(pending[-1], None)
+        if entry is None:
+            pending.pop()
+            continue
+        path, value = entry
         if len(path) > MAX_DEPTH:
             raise CheckpointError(f"{where} nests dicts or lists more than {MAX_DEPTH} deep; a state dict does not; refused")
-        if isinstance(value, dict):
-            children = [((*path, key if isinstance(key, str) else brief(key)), child) for key, child in value.items()]
-        elif isinstance(value, list | tuple):
-            children = [((*path, str(index)), child) for index, child in enumerate(value)]
-        else:
+        if not isinstance(value, dict | list | tuple):
             yield path, value
-            continue
-        if not children:
+        elif value:
+            pending.append(_children(path, value))
+        else:
             yield path, None  # counted, so that a nest of empty lists meets the limit too
-        pending.extend(reversed(children))
+
+
+def _children(path: tuple[str, ...], value: dict | list | tuple) -> Iterator[tuple[tuple[str, ...], object]]:
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, _step(key)), child
+
+
+def _step(key: object) -> str:
+    """A dict key or a position, as a part of a name."""
+    if isinstance(key, tuple):
+        return f"({', '.join(map(_step, key))})"
+    return key if isinstance(key, str) else brief(key)

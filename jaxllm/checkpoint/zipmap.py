@@ -70,6 +70,27 @@ def member_bytes(mapped: MappedFile, member: Member) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
 
 
+def member_head(mapped: MappedFile, member: Member, count: int) -> bytes:
+    """The first bytes of the member, at most `count`, and no more inflated."""
+    raw = mapped.view(member.offset, member.packed)
+    if not member.deflated:
+        return raw[:count].tobytes()
+    try:
+        return zlib.decompressobj(-15).decompress(raw, count)
+    except zlib.error as error:
+        raise _damaged(mapped, f"member {brief(member.name)} does not inflate ({error})") from error
+
+
+def description_bytes(mapped: MappedFile, member: Member) -> np.ndarray:
+    """The bytes of a member that describes the others; one that unfolds beyond what the file could hold to describe is refused.
+
+    A tensor takes some 150 bytes of a pickle, and as many of the zip file's own directory.
+    """
+    if member.deflated and member.size > max(1 << 20, 8 * mapped.size):
+        raise _damaged(mapped, f"its {brief(member.name)} of {member.packed} bytes unfolds to {member.size}, more than 8 times the file")
+    return member_bytes(mapped, member)
+
+
 def _damaged(mapped: MappedFile, what: str) -> CheckpointError:
     return CheckpointError(f"{mapped.path} is a damaged zip file: {what}; fetch it again, and from a source you trust")
 

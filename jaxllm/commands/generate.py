@@ -63,10 +63,12 @@ def run_generate(args) -> int:
     for line in lines:
         sampling_of(line, given)  # every line is checked before the model is loaded
     with make_llm(args, seed=args.seed) as llm:
-        default = llm.get_default_sampling_params()
-        common = {name: getattr(default, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-        common |= {"max_tokens": DEFAULT_MAX_TOKENS} | given
-        params = [sampling_of(line, common) for line in lines]
+        own = llm.own_sampling()
+        common = {"max_tokens": DEFAULT_MAX_TOKENS} | own | given
+        try:
+            params = [sampling_of(line, common) for line in lines]
+        except UsageError as e:
+            raise UsageError(f"{e} (the model's generation_config.json says so)", e.param) if e.param in own and e.param not in given else e
         prompts, dates = zip(*[_prompt_of(llm, line, now) for line in lines])
         stream = _Streamer(args.prompts) if len(lines) == 1 and params[0].n == 1 and args.format == "text" and sys.stdout.isatty() else None
         asked = params

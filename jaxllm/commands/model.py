@@ -97,7 +97,8 @@ def _inspect_parser(commands, common) -> None:
 def run_inspect(args) -> int:
     """`jaxllm inspect`."""
     from jaxllm.checkpoint.inspect import inspect_checkpoint, render
-    inspection = inspect_checkpoint(_source(args.source), args.load_format)
+    from jaxllm.loading import account
+    inspection = inspect_checkpoint(_source(args.source), args.load_format, account)
     if args.format == "json":
         print(inspection.as_json())
     else:
@@ -133,6 +134,8 @@ def run_convert(args) -> int:
                        load_format=args.load_format, progress=progress)
     print(f"{done.target}: {done.tensors} tensors, {done.nbytes:,} bytes in {len(done.files)} files, {done.bytes_per_s / 1e6:,.0f} MB/s",
           file=sys.stderr)
+    if done.left_out:
+        print(f"left out: {', '.join(done.left_out)}", file=sys.stderr)
     return 0
 
 

@@ -1,13 +1,18 @@
 """Rotary position embedding: the frequencies of each published scaling, and the rotation."""
+import logging
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.checkpoint.mapped import brief
 from jaxllm.config import RopeSpec
 from jaxllm.errors import UnsupportedError
+from jaxllm.fields import ROPE_FIELDS, check_fields
 from pallas_kernels.rounding import product, rounded
+
+log = logging.getLogger("jaxllm")
 
 
 def rotate(x: jax.Array, positions: jax.Array, spec: RopeSpec) -> jax.Array:
@@ -27,20 +32,35 @@ def rope_spec(head_dim: int, max_position: int, parameters: dict, max_model_len:
 
     `dynamic` scaling depends on the length of the sequence at hand. A cached key cannot be turned again, and the bits of
     a token may not depend on what follows it, so the base is fixed for `max_model_len`: up to the trained length it is the
-    unscaled one, beyond it the one that transformers uses for a sequence of exactly that length.
+    unscaled one, beyond it the one that transformers uses for a sequence of exactly that length. `longrope` has one set of
+    factors for short sequences and one for long, and is decided in the same way: the long ones if `max_model_len` is beyond
+    the trained length, as in vLLM; transformers takes the short ones for each sequence that is not.
     """
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    named = f"rope type {brief(kind)}"
+    check_fields(parameters, ROPE_FIELDS, f"{named}: ", UnsupportedError)
     reader = SCALINGS.get(kind)
     if reader is None:
-        raise UnsupportedError(f"rope type {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
+        raise UnsupportedError(f"{named} is not supported; supported: {', '.join(SCALINGS)}")
     try:
         base = float(parameters.get("rope_theta", 10000.0))
         width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-        return reader(base, width, max_position, parameters, max_model_len)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            spec = reader(base, width, max_position, parameters, max_model_len)
     except KeyError as e:
-        raise UnsupportedError(f"rope type {kind!r} needs the parameter {e.args[0]!r}, which config.json does not give") from e
-    except (TypeError, ValueError, ZeroDivisionError) as e:
-        raise UnsupportedError(f"rope type {kind!r} cannot be built from {parameters}: {e}; correct config.json") from e
+        raise UnsupportedError(f"{named} needs the parameter {e.args[0]!r}, which config.json does not give") from e
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise UnsupportedError(f"{named} cannot be built from {_told(parameters)}: {e}; correct config.json") from e
+    if not all(map(math.isfinite, (*spec.frequencies, spec.magnitude))):
+        raise UnsupportedError(f"{named} with {_told(parameters)} gives frequencies that are not finite; correct config.json")
+    if not 1 <= len(spec.frequencies) <= head_dim // 2:
+        raise UnsupportedError(f"rope turns pairs, and {width} of the {head_dim} widths of a head are to be turned; correct head_dim or "
+                               "partial_rotary_factor in config.json")
+    return spec
+
+
+def _told(parameters: dict) -> str:
+    return ", ".join(f"{name} {brief(value)}" for name, value in parameters.items() if name in ROPE_FIELDS)
 
 
 def _powers(base: float, width: int) -> list[np.float32]:
@@ -120,4 +140,21 @@ def _yarn(base, width, max_position, p, max_model_len):
     return _spec((scaled(i, power) for i, power in enumerate(_powers(base, width))), magnitude)
 
 
-SCALINGS = {"default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
+def _longrope(base, width, max_position, p, max_model_len):
+    """LongRoPE (arXiv:2402.13753): each frequency has a factor of its own, one for short sequences and one for long."""
+    trained = p.get("original_max_position_embeddings", max_position)
+    is_long = (max_model_len or max_position) > trained
+    factors = p["long_factor" if is_long else "short_factor"]
+    powers, factor = _powers(base, width), p.get("factor", max_position / trained)
+    if len(factors) != len(powers):
+        raise ValueError(f"{len(factors)} factors for {len(powers)} frequencies")
+    magnitude = p.get("attention_factor")
+    if magnitude is None:
+        magnitude = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    if is_long:
+        log.warning("longrope: max_model_len is beyond the trained %d tokens, so the long factors serve shorter sequences too; "
+                    "set max_model_len=%d for the short ones", trained, trained)
+    return _spec((1 / (np.float32(f) * power) for f, power in zip(factors, powers, strict=True)), magnitude)
+
+
+SCALINGS = {"default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

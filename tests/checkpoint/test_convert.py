@@ -74,6 +74,40 @@ def test_the_files_of_a_model_folder_go_along_without_the_old_weights(tmp_path):
     assert (tmp_path / "out/config.json").read_bytes() == (DATA / "llama-bin/config.json").read_bytes()
 
 
+def test_folders_in_the_folder_go_along_and_what_does_not_is_named(tmp_path, monkeypatch):
+    source = tmp_path / "model"
+    shutil.copytree(DATA / "llama-bin", source)
+    monkeypatch.setattr("jaxllm.checkpoint.convert.MAX_SIDE_BYTES", 1 << 20)
+    kept = {"additional_chat_templates/tools.jinja": b"{{ tools }}", "a/b/c.txt": b"c", "vocab.json": b"{}", "default/note": b"n"}
+    others = ("adapter_model.safetensors", "onnx/model.onnx", "optimizer.pt", "training_args.bin", "deep/model.safetensors")
+    left = {**dict.fromkeys(others, "other weights or training state"), ".git/config": "hidden", "huge.jsonl": "more than 1 MiB",
+            "conversion.json": "its name is taken"}
+    for name, content in {**kept, **dict.fromkeys(left, b"x")}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(content * (2 << 20) if name == "huge.jsonl" else content)
+    (source / "loop").symlink_to(source)
+    done = convert(source, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in kept} == kept
+    assert set(done.left_out) == {f"{name} ({reason})" for name, reason in left.items() if name != ".git/config"} | {
+        ".git/ (hidden)", "loop/ (a link to a folder)"}
+    assert not [name for name in left if (tmp_path / "out" / name).exists()]
+    assert contents(tmp_path / "out") == contents(source)
+    done = convert(source, tmp_path / "tree", "orbax")
+    assert "default/ (its name is taken)" in done.left_out and contents(tmp_path / "tree") == contents(source)
+    done = convert(tmp_path / "tree", tmp_path / "back")
+    assert not (tmp_path / "back/default").exists() and done.left_out == () and (tmp_path / "back/a/b/c.txt").read_bytes() == b"c"
+
+
+def test_the_files_of_an_orbax_tree_do_not_go_along_as_sides(tmp_path):
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(tmp_path / "saved", {"a": np.ones(3, np.float32)})
+    (tmp_path / "saved/config.json").write_text("{}")
+    done = convert(tmp_path / "saved", tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"] and done.left_out == ()
+
+
 def test_dtype_casts_floats_alone_and_config_says_so(tmp_path):
     convert(DATA / "llama-bin", tmp_path / "out", dtype="float32")
     before, after = contents(DATA / "llama-bin"), contents(tmp_path / "out")

@@ -8,7 +8,7 @@ from pickle_files import tensor, zip_file
 from safetensors.numpy import save_file
 
 from jaxllm.checkpoint import open_checkpoint
-from jaxllm.errors import CheckpointError, UsageError
+from jaxllm.errors import CheckpointError, UnsupportedError, UsageError
 
 ONE = {"a": np.zeros(2, np.float32)}
 
@@ -103,6 +103,60 @@ def test_mistral_files_beside_hugging_face_files_are_left_out(tmp_path):
     save_file(ONE, tmp_path / "model.safetensors")
     save_file(ONE, tmp_path / "consolidated.safetensors")
     assert [file.name for file in open_checkpoint(tmp_path).files] == ["model.safetensors"]
+
+
+OTHERS = ("adapter_model.safetensors", "value_head.safetensors", "model.fp16.safetensors", "consolidated.00.pth", "rank_0.safetensors",
+          "tf_model.h5", "model.gguf", "model.fp16.safetensors.index.json", "optimizer.pt")
+
+
+@pytest.mark.parametrize("order", [
+    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"],
+    ["model.safetensors.index.json", "pytorch_model.bin"], ["pytorch_model.bin", "pytorch_model.bin.index.json"],
+    ["pytorch_model.bin.index.json"]])
+def test_the_names_that_transformers_takes_go_first_in_its_order(tmp_path, order, caplog):
+    """transformers 5.24, _get_resolved_checkpoint_files; whatever else looks like weights is left out and named."""
+    for name in order:
+        if name.endswith(".index.json"):
+            shard = f"shard.{name.split('.')[1]}"
+            write_index(tmp_path, {"a": shard}, name)
+            (save_file(ONE, tmp_path / shard) if shard.endswith("safetensors") else torch_file(tmp_path / shard))
+        elif name.endswith(".safetensors"):
+            save_file(ONE, tmp_path / name)
+        else:
+            torch_file(tmp_path / name)
+    for name in OTHERS:
+        (tmp_path / name).write_bytes(b"not the weights of this model")
+    first = order[0] if not order[0].endswith(".index.json") else f"shard.{order[0].split('.')[1]}"
+    with caplog.at_level("INFO", "jaxllm.checkpoint"), open_checkpoint(tmp_path) as checkpoint:
+        assert [file.name for file in checkpoint.files] == [first]
+        assert set(OTHERS) | set(order[1:]) <= set(checkpoint.left_out) and order[0] not in checkpoint.left_out
+    assert "adapter_model.safetensors" in caplog.text and "an adapter is not applied" in caplog.text
+
+
+def test_the_canonical_file_goes_before_an_orbax_tree_beside_it(tmp_path):
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default/_METADATA").write_text("{}")
+    save_file(ONE, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).load_format == "safetensors"
+
+
+def test_a_stale_index_without_its_shards_is_not_read_beside_the_whole_file(tmp_path):
+    save_file(ONE, tmp_path / "model.safetensors")
+    write_index(tmp_path, {"a": "model-00001-of-00002.safetensors"})
+    assert [file.name for file in open_checkpoint(tmp_path).files] == ["model.safetensors"]
+
+
+def test_a_variant_counts_only_where_nothing_else_does(tmp_path):
+    save_file(ONE, tmp_path / "model.fp16.safetensors")
+    assert [file.name for file in open_checkpoint(tmp_path).files] == ["model.fp16.safetensors"]
+    save_file(ONE, tmp_path / "weights.safetensors")
+    assert [file.name for file in open_checkpoint(tmp_path).files] == ["weights.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_without_its_model_is_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"lora")
+    refused(tmp_path, f"an adapter .{name}. and no model.*merge", UnsupportedError)
 
 
 def test_missing_empty_and_foreign_things_are_named(tmp_path):

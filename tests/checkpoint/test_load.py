@@ -102,6 +102,25 @@ def test_training_state_beside_a_wrapped_model_is_left_out_by_name(tmp_path, cap
     assert "optimizer.**" in caplog.text
 
 
+@pytest.mark.parametrize("wrapped", ["", "model.", "checkpoint.model."])
+@pytest.mark.parametrize("beside", [
+    "rng_state", "cuda_rng_state.0", "random_rng_state.1", "rng_tracker_states.model-parallel-rng", "optimizer.state.0.exp_avg",
+    "optimizer_state", "optim_state.0", "lr_scheduler.last_lr", "scaler.scale", "global_step", "epoch", "loss",
+    "model.rotary_emb.inv_freq", "rotary_emb.cos_cached", "model.layers.3.self_attn.rotary_emb.sin_cached", "rope.freqs",
+    "transformer.h.0.attn.rotary_emb.original_inv_freq"])
+def test_leftovers_of_trainers_and_rotary_caches_are_left_out_wherever_they_stand(tmp_path, wrapped, beside):
+    outer = wrapped.removesuffix("model.")
+    named = {wrapped + name: value for name, value in tensors(1).items()} | {outer + beside: np.zeros(3, F32)}
+    params = load(tmp_path, named, to=template(1))
+    assert np.array_equal(params.layers[0].norm, named[wrapped + "model.layers.0.norm.weight"])
+
+
+def test_a_tensor_that_is_no_leftover_is_still_unexpected(tmp_path):
+    for name in ("model.layers.0.rotary_emb_scale.weight", "layers.0.optimizer", "stepwise", "model.rotary_emb.weight"):
+        with pytest.raises(CheckpointError, match="1 unexpected"):
+            load(tmp_path, tensors(1) | {name: np.zeros(3, F32)}, to=template(1))
+
+
 def test_one_error_lists_missing_unexpected_and_misshapen(tmp_path):
     named = tensors()
     del named["model.embed.weight"]

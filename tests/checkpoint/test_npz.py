@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxllm.checkpoint import open_checkpoint
+from jaxllm.checkpoint import npz, open_checkpoint
+from jaxllm.checkpoint.zipmap import member_bytes
 from jaxllm.errors import CheckpointError, UnsupportedError
 
 
@@ -96,3 +97,15 @@ def test_members_that_are_no_arrays_and_false_dtypes_are_refused(tmp_path):
             archive.writestr(name, content)
         with pytest.raises(CheckpointError, match=match):
             open_checkpoint(tmp_path)
+
+
+def test_a_compressed_member_is_not_inflated_to_read_its_header_nor_far_beyond_the_file_to_read_names(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "zeros.npz", a=np.zeros(1 << 22, np.float32))
+    inflated = []
+    monkeypatch.setattr(npz, "member_bytes", lambda *args: inflated.append(args) or member_bytes(*args))
+    with open_checkpoint(tmp_path / "zeros.npz") as checkpoint:
+        assert inflated == [] and not checkpoint["a"].numpy().any() and len(inflated) == 1
+    names = np.frombuffer(b"{" + b" " * (4 << 20) + b"}", np.uint8)
+    np.savez_compressed(tmp_path / "names.npz", a=np.zeros(4, np.uint16), **{npz.DTYPES_MEMBER: names})
+    with pytest.raises(CheckpointError, match="more than 8 times the file"):
+        open_checkpoint(tmp_path / "names.npz")

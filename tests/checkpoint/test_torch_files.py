@@ -6,7 +6,10 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +186,12 @@ HOSTILE_PICKLES = {
     "an endless decimal": (b"L" + b"9" * 100_000 + b"\n.", "name of more than"),
     "an empty stack": (b"\x80\x02R.", "damaged pickle"),
     "a mark as value": (b"\x80\x02(.", "damaged pickle"),
-    "a tuple as key": (b"\x80\x02})Ns.", "dict key"),
+    "a tuple of 65 parts as key": (b"\x80\x02}(" + b"N" * 64 + b"tNs.", "dict key"),
+    "a list in a tuple as key": (b"\x80\x02}]\x85Ns.", "dict key"),
+    "a set as key": (b"\x80\x02}\x8fNs.", "dict key"),
+    "items added to a list": (b"\x80\x02](\x90.", "items are added"),
+    "an encoding that is none of bytes": (Call("_codecs.encode", "a", "rot13"), "latin1"),
+    "a complex number of text": (Call("builtins.complex", "1"), "two numbers"),
     "items in a list": (b"\x80\x02]NNs.", "items are set"),
     "items appended to a dict": (b"\x80\x02}Na.", "appended"),
     "text that is no text": (b"\x80\x02X\x01\x00\x00\x00\xff.", "damaged pickle"),
@@ -212,6 +220,65 @@ def test_a_hash_bomb_of_shared_tuples_is_refused(tmp_path):
 
 def test_a_dict_that_holds_itself_is_refused(tmp_path):
     refused(zip_file(tmp_path / "loop.pt", b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s."), "deep")
+
+
+# A value is named again by two bytes, and what is made of it may take any number: 448 kB of the first reached 5.7 GB.
+AMPLIFIERS = {
+    "a list copied by each call": b"\x80\x02ctorch\nSize\nq\x00](" + b"K\x01" * 50_000 + b"eq\x01]q\x02" + b"h\x00h\x01\x85Ra" * 50_000 + b".",
+    "pairs copied by each call": b"\x80\x02ccollections\nOrderedDict\nq\x00](" + b"".join(
+        b"M" + struct.pack("<H", i) + b"N\x86" for i in range(30_000)) + b"eq\x01]q\x02" + b"h\x00h\x01\x85Ra" * 30_000 + b".",
+    "text encoded by each call": b"\x80\x02c_codecs\nencode\nq\x00X" + struct.pack("<L", 200_000) + b"a" * 200_000 + b"q\x01]q\x02"
+    + b"h\x00h\x01\x85Ra" * 50_000 + b".",
+    "remembered empty lists": b"\x80\x04" + b"]\x94" * 400_000 + b".",
+    "empty dicts": b"\x80\x04" + b"}" * 800_000 + b".",
+    "a list that holds itself first": b"\x80\x02]q\x00(h\x00" + b"N" * 400_000 + b"e.",
+    # dict 200 + level holds the one before under eight names: 8**6 names of the one tensor
+    "one tensor under many names": dumps({"t": tensor()})[:-1] + b"q\xff" + b"".join(
+        b"}q" + bytes([200 + level]) + b"(" + b"".join(b"X\x01\0\0\0" + bytes([97 + i, 104, 199 + level if level else 255]) for i in range(8)) + b"u"
+        for level in range(6)) + b"q\x01" + b"0" * 6 + b"h\x01.",
+}
+
+MEASURE = """
+import sys
+from jaxllm.checkpoint import open_checkpoint
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+before = peak()
+try:
+    open_checkpoint(sys.argv[1])
+    print("read", end=" ")
+except Exception as error:
+    print(type(error).__name__, end=" ")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize("case", AMPLIFIERS)
+def test_a_pickle_takes_memory_in_proportion_to_its_bytes(tmp_path, case):
+    file = zip_file(tmp_path / "bomb.pt", AMPLIFIERS[case], {"0": FLOATS.tobytes()})
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(file)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcome, taken = done.stdout.split()
+    assert outcome == "CheckpointError" and int(taken) < (64 << 20) + 150 * file.stat().st_size
+
+
+def test_a_pickle_that_deflate_made_small_is_refused(tmp_path):
+    refused(zip_file(tmp_path / "bomb.pt", b"\x80\x02" + b"]0" * (4 << 20) + b"N.", compression=zipfile.ZIP_DEFLATED), "unfolds to")
+
+
+def test_a_tensor_of_more_bytes_than_any_packing_gives_is_refused(tmp_path):
+    refused(zip_file(tmp_path / "wide.pt", {"a": tensor(size=(1 << 40,), stride=(0,))}, {"0": FLOATS.tobytes()}), "unfolds")
+
+
+def test_values_that_torch_allows_beside_the_weights_are_read_and_left_out(tmp_path):
+    """What torch.load reads with weights_only=True: tuple keys, set, complex, bytearray, bytes, Counter, at every protocol."""
+    beside = {(1, "a"): 2, "set": {1, (2, 3)}, "frozen": frozenset([1]), "complex": 2j, "bytearray": bytearray(b"\xff\0"), "bytes": b"\xff\0a",
+              "counter": Counter("abca"), b"key": None, ("t", (1, None)): [1.5]}
+    for protocol in (2, 3, 4, 5):
+        file = zip_file(tmp_path / f"{protocol}.pt", dumps({"w": tensor(), "beside": beside, ("k", 0): tensor()}, protocol), {"0": FLOATS.tobytes()})
+        with open_checkpoint(file) as checkpoint:
+            assert {name: lazy.numpy().tolist() for name, lazy in checkpoint.items()} == {"w": [0, 1, 2, 3], "(k, 0)": [0, 1, 2, 3]}
 
 
 HOSTILE_STREAMS = {
