@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import reference
+from pallas_kernels.forms import precision
 from pallas_kernels.rounding import add
 
 LAST_SUM = partial(jnp.sum, axis=-1)
@@ -22,7 +23,7 @@ def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, residua
     if rows == 1 and x.dtype != jnp.float32:  # XLA's CPU backend: 10 times slower than two rows
         x = jnp.concatenate([x, x])
     few = 1 < x.shape[0] <= MOST_FEW_ROWS
-    out = lax.dot_general(*((w, x) if few else (x, w)), (((1,), (1,)), ((), ())), precision=reference.precision(x.dtype),
+    out = lax.dot_general(*((w, x) if few else (x, w)), (((1,), (1,)), ((), ())), precision=precision(x.dtype),
                           preferred_element_type=jnp.float32)
     if few:
         out = lax.optimization_barrier(out).T  # without the barrier XLA swaps the operands back

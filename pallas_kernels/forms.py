@@ -32,6 +32,13 @@ def library(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.optimization_barrier(out)
 
 
+def library_batched(a: jax.Array, b: jax.Array, *, last: bool) -> jax.Array:
+    """a [n, K, M, C] . b -> float32 [n, K, M, D] by the same library; last: b is [n, K, D, C], else [n, K, C, D]."""
+    out = lax.dot_general(lax.optimization_barrier(a), b, (((3,), (3 if last else 2,)), ((0, 1), (0, 1))), precision=precision(b.dtype),
+                          preferred_element_type=jnp.float32)
+    return lax.optimization_barrier(out)
+
+
 @dataclasses.dataclass(frozen=True)
 class Law:
     """The order of a product's sums: K in chunks, each an ascending chain of fused multiply-adds from zero, added ascending."""

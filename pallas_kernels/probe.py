@@ -16,7 +16,8 @@ import numpy as np
 from pallas_kernels import forms as all_forms
 from pallas_kernels.forms import FORMS, QUICK, SAFE, Forms, Law, possible
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 512)  # numbers of rows that are tried; between two of them the form of the larger is taken
+# Numbers of rows that are tried; between two of them the form of the larger is taken. 27 stands for all that are no power of two.
+ROWS = (1, 2, 4, 8, 16, 27, 32, 64, 512)
 DISTINCT = 7                           # rows that differ; they repeat, so that a row meets every place of a tile
 MOST_COLUMNS = 2048                    # N beyond it is tried as this and N's last 64
 PORTABLE = Law(512, True)              # what the libraries of every processor seen so far can do
@@ -73,22 +74,22 @@ def _columns(n: int) -> int:
 def _table(cases, law: Law, dtype, names: Iterable[str], pool) -> dict | None:
     """{(K, N): ((rows, form), ...)} by the fastest of the forms that have the law's bits; None where some rows have none."""
     anchors = dict(zip(cases, pool.map(lambda case: case.anchor(law), cases)))
-    table = {(case.k, case.n): [] for case in cases}
-    for rows in ROWS:
-        for group in ([n for n in names if n in QUICK], [n for n in names if n in SAFE]):
-            todo = [(case, name) for case in cases if len(table[case.k, case.n]) <= ROWS.index(rows)
-                    for name in group if possible(name, case.k, case.n, rows, law, dtype)]
-            programs = list(pool.map(lambda at: at[0].program(at[1], rows, law), todo))
-            times = {}
-            for (case, name), program in zip(todo, programs):
-                seconds = case.seconds_if_equal(program, rows, anchors[case])
-                if seconds is not None:
-                    times.setdefault((case.k, case.n), []).append((seconds, name))
-            for shape, found in times.items():
-                table[shape].append((rows, min(found)[1]))
-        if any(len(entries) <= ROWS.index(rows) for entries in table.values()):
-            return None
-    return {shape: tuple(entries) for shape, entries in table.items()}
+    table = {}
+    for group in ([n for n in names if n in QUICK], *([n] for n in names if n in SAFE)):
+        open_cases = [case for case in cases if (case.k, case.n) not in table]
+        todo = [(case, name, rows) for case in open_cases for rows in ROWS for name in group
+                if possible(name, case.k, case.n, rows, law, dtype)]
+        times = {}
+        for (case, name, rows), program in zip(todo, pool.map(lambda at: at[0].program(at[1], at[2], law), todo)):
+            times[case, name, rows] = case.seconds_if_equal(program, rows, anchors[case])
+        for case in open_cases:
+            # `left` and `stream` run at the very numbers of rows that were tried; what runs at others must hold at all of these.
+            sound = {n: all(times.get((case, n, rows), 0) is not None for rows in ROWS) or n in ("left", "stream") for n in group}
+            best = [min(((times[case, n, rows], n) for n in group if sound[n] and times.get((case, n, rows)) is not None), default=None)
+                    for rows in ROWS]
+            if None not in best:
+                table[case.k, case.n] = tuple((rows, name) for rows, (_, name) in zip(ROWS, best))
+    return table if len(table) == len({(case.k, case.n) for case in cases}) else None
 
 
 class _Case:

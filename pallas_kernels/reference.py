@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.forms import Forms, Law, precision
+from pallas_kernels import forms as products
+from pallas_kernels.forms import Forms, Law
 from pallas_kernels.ragged import Ragged, deal, rows_at, starts_of
 from pallas_kernels.rounding import add, rounded
 from pallas_kernels.tree import added
@@ -126,18 +127,15 @@ def write_kv(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
 def attention_products(forms: Forms):
     """The two products of attention, in float32: scores(q [n, K, M, H], k [n, K, L, H]) -> [n, K, M, L] and
     values(p [n, K, M, L], v [n, K, L, H]) -> [n, K, M, H]; a row's bits do not depend on n or M."""
-    def product(equation, a, b):
+    def product(a, b, last):
         rows = a.shape[2]
         a = jnp.concatenate([a] * -(-forms.attention_rows // rows), axis=2) if rows < forms.attention_rows else a
-        out = jnp.einsum(equation, lax.optimization_barrier(a), b, precision=precision(b.dtype), preferred_element_type=jnp.float32)
-        return lax.optimization_barrier(out)[:, :, :rows]
+        return products.library_batched(a, b, last=last)[:, :, :rows]
 
     def values(p, v):
-        if forms.values_last:
-            return product("nkml,nkhl->nkmh", p, lax.optimization_barrier(v.swapaxes(2, 3)))
-        return product("nkml,nklh->nkmh", p, v)
+        return product(p, lax.optimization_barrier(v.swapaxes(2, 3)), True) if forms.values_last else product(p, v, False)
 
-    return lambda q, k: product("nkmh,nklh->nkml", q, k), values
+    return lambda q, k: product(q, k, True), values
 
 
 def _attention(tiles, load, seen, first, last, *, scale, softcap, forms):
