@@ -13,7 +13,7 @@ from tests.test_reproducible import bits
 from tests.tiny import VOCAB, make_folder
 
 LIMITS = dict(load_format="dummy", max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64)
-GREEDY = SamplingParams(max_tokens=4, temperature=0, logprobs=0, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=4, temperature=0, logprobs=0, ignore_eos=True, seed=1)
 PROMPTS = [{"prompt_token_ids": [i, 2 * i, 7]} for i in range(1, 4)]
 
 
@@ -42,7 +42,7 @@ def test_a_function_that_depends_on_the_number_of_rows_is_found_and_said(folder,
         assert "NOT REPRODUCIBLE" in caplog.text and llm.unproven[0] in caplog.text
         assert llm.fingerprint_parts["reproducible"] == f"no: {'; '.join(llm.unproven)}"
         assert [a.reproducible for a in answers] == [True] * 3 + [False] and answers[0].system_fingerprint != answers[3].system_fingerprint
-    with pytest.raises(UnsupportedError, match="strict.*steps of 1 tokens"):
+    with pytest.raises(UnsupportedError, match="strict.*steps of 2 tokens"):
         LLM(folder, compile_cache_dir="off", reproducible="strict", **LIMITS)
 
 
@@ -61,19 +61,18 @@ def test_a_sum_that_differs_is_named(folder, fresh, caplog):
 
 
 def test_a_library_that_changes_behind_the_probe_costs_safer_forms_and_no_bit(folder, fresh):
-    with LLM(folder, compile_cache_dir="off", **LIMITS) as llm:
-        want = [bits(llm.generate(p, GREEDY)[0]) for p in PROMPTS] + [bits(o) for o in llm.generate(PROMPTS, GREEDY)]
-        found, params = llm.kernels.forms, llm.params
+    four, limits = PROMPTS + [{"prompt_token_ids": [9, 9, 9, 9]}], LIMITS | {"max_num_seqs": 8}
+    with LLM(folder, compile_cache_dir="off", **limits) as llm:
+        want = [bits(o) for o in llm.generate(four, GREEDY)]
+        found = llm.kernels.forms
     jax.clear_caches()
     true = forms.library
     fresh.setattr(forms, "library", lambda a, b: (in_halves(true) if min(a.shape[0], b.shape[0]) == 4 else true)(a, b))
-    fresh.setattr(machine, "forms", lambda *_: found)
+    fresh.setattr(machine, "forms", lambda *_: found)  # what was found before the library changed
     fresh.setattr(machine, "facts", lambda _: machine.Facts(None))
-    with LLM(folder, compile_cache_dir="off", **{**LIMITS, "max_num_seqs": 3}) as llm:  # 3 rows: no bucket of four but prefill's rows
-        assert [bits(llm.generate(p, GREEDY)[0]) for p in PROMPTS] == want[:3]
-    with LLM(folder, compile_cache_dir="off", **LIMITS) as llm:
-        four = PROMPTS + [{"prompt_token_ids": [9, 9, 9, 9]}]
-        assert [bits(o) for o in llm.generate(four, GREEDY)][:3] == want[3:] and llm.unproven == []
+    with LLM(folder, compile_cache_dir="off", **limits) as llm:
+        assert [bits(o) for o in llm.generate(four, GREEDY)] == want and llm.unproven == []
+        assert {decode for _, decode in set(llm._runner._programs) - {None}} == {True}
 
 
 def test_what_was_proven_is_remembered_for_this_machine_and_shape_alone(folder, tmp_path):
