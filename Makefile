@@ -1,5 +1,6 @@
 # make generate   installs into .venv and tells a story with the built-in model
 # make test       installs into .venv and runs the tests
+# make test-one-thread  those of the bits once more, with one thread
 # make parity     the tests against transformers on torch, which live in .venv-oracle
 # make test-oldest  the tests on the oldest jax that is supported
 # make compile-gpu  compiles kernels and engine programs for an H200, an A100 and an L4, without one
@@ -12,7 +13,7 @@ WORKERS ?= 2
 PIP := -m pip install --quiet --disable-pip-version-check
 PYTEST_OPTIONS ?= -n $(WORKERS) --dist loadfile
 
-.PHONY: generate test parity test-oldest compile-gpu clean
+.PHONY: generate test test-one-thread parity test-oldest compile-gpu clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -20,13 +21,18 @@ generate: .venv/.installed
 	@.venv/bin/jaxllm generate "$(PROMPT)"
 
 test: .venv/.installed-test
-	.venv/bin/python -m pytest tests --ignore=tests/parity $(PYTEST_OPTIONS)
+	.venv/bin/python -m pytest tests --ignore=tests/parity -m "not simulator" $(PYTEST_OPTIONS)
+	NPROC=16 .venv/bin/python -m pytest tests/kernels -m simulator $(PYTEST_OPTIONS)
+
+test-one-thread: .venv/.installed-test
+	NPROC=1 .venv/bin/python -m pytest tests/kernels/test_probe.py tests/kernels/test_tree.py tests/test_reproducible.py tests/test_shapes.py tests/test_proof.py $(PYTEST_OPTIONS)
 
 parity: .venv/.installed-test .venv-oracle/.installed
 	.venv/bin/python -m pytest tests/parity
 
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest tests --ignore=tests/parity $(PYTEST_OPTIONS)
+	.venv-oldest/bin/python -m pytest tests --ignore=tests/parity -m "not simulator" $(PYTEST_OPTIONS)
+	NPROC=16 .venv-oldest/bin/python -m pytest tests/kernels -m simulator $(PYTEST_OPTIONS)
 
 compile-gpu: .venv-compile/.installed
 	.venv-compile/bin/python tools/compile_gpu.py

@@ -54,6 +54,13 @@ def device() -> str:
     return processor() if first.platform == "cpu" else first.device_kind
 
 
+def threads() -> int:
+    """Threads that XLA computes with on a CPU: NPROC, a variable of XLA's, or the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    stated = os.environ.get("NPROC", "")
+    return int(stated) if stated.isdigit() and int(stated) > 0 else cores
+
+
 @cache
 def _code() -> str:
     """A hash of the files that decide on an order of sums: a fact found by other code is no fact."""
@@ -105,7 +112,8 @@ class Facts:
 
 
 def _key(about) -> str:
-    return hashlib.blake2b(json.dumps([surroundings(), about], sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    # Threads are no part of the fingerprint: the bits are the same for one and for sixteen. Each number of them is proven anew.
+    return hashlib.blake2b(json.dumps([surroundings(), threads(), about], sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def facts(folder: str | Path | None) -> Facts:

@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxllm
@@ -175,7 +176,43 @@ print(json.dumps([[o.token_ids, [[lp.logprob.hex() for lp in row.values()] for r
 """
 
 
-def test_two_processes_give_the_same_bits(folder):
+def test_processes_with_one_and_with_several_threads_give_the_same_bits(folder):
+    """Each with a compilation cache of its own kind: what one compiled, the other may load."""
     runs = [subprocess.run([sys.executable, "-c", COMMAND, folder], capture_output=True, text=True, check=True,
-                           env={**os.environ, "PYTHONHASHSEED": str(i)}).stdout for i in range(2)]
-    assert runs[0] == runs[1] and len(json.loads(runs[0])) == 3
+                           env={**os.environ, "PYTHONHASHSEED": str(i), "NPROC": str(i)}).stdout for i in (1, 2, 16)]
+    assert runs[0] == runs[1] == runs[2] and len(json.loads(runs[0])) == 3
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Two folders with the same weights: one of safetensors, one of a torch zip file."""
+    from safetensors.numpy import save_file
+
+    from tests.checkpoint.pickle_files import tensor, zip_file
+    rng = np.random.default_rng(0)
+    d, f, q, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], 64, 32
+    layer = {"input_layernorm": (d,), "post_attention_layernorm": (d,), "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d),
+             "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q), "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
+    shapes = {"model.embed_tokens.weight": (VOCAB, d), "model.norm.weight": (d,)} | {
+        f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
+    state = {name: rng.standard_normal(shape).astype(np.float32) * 0.1 for name, shape in shapes.items()}
+    folders = [make_folder(tmp_path_factory.mktemp(kind) / "m") for kind in ("safetensors", "bin")]
+    save_file(state, f"{folders[0]}/model.safetensors")
+    stride = lambda shape: tuple(int(np.prod(shape[i + 1:])) for i in range(len(shape)))
+    zip_file(f"{folders[1]}/pytorch_model.bin", {name: tensor(str(i), a.size, a.shape, stride(a.shape)) for i, (name, a) in enumerate(state.items())},
+             {str(i): a.tobytes() for i, a in enumerate(state.values())})
+    return folders
+
+
+def test_containers_of_weights_and_weights_that_come_back_change_nothing(stored):
+    requests = workload(3, count=4)
+    answers = lambda llm: [bits(o) for o in llm.generate([p for p, _ in requests], [s for _, s in requests])]
+    limits = dict(max_num_seqs=4, max_model_len=160)
+    with LLM(stored[0], **limits) as llm:
+        first, params = answers(llm), jax.tree.map(lambda a: np.array(a), llm.params)
+        llm.update_params(jax.tree.map(lambda a: a * 0, llm.params))
+        assert answers(llm) != first
+        llm.update_params(jax.tree.map(jnp.asarray, params))  # as after a sleep, from the host
+        assert answers(llm) == first
+    with LLM(stored[1], **limits) as llm:
+        assert answers(llm) == first
