@@ -1,5 +1,4 @@
 """What this machine promises, shown on the machine itself: `jaxllm doctor`."""
-import dataclasses
 import json
 import subprocess
 import sys
@@ -43,12 +42,12 @@ def examine(model: str, dtypes: Iterable[str], *, load_format: str = "auto", cac
 
 
 def _requests(vocab: int) -> list[tuple[dict, SamplingParams]]:
-    """Requests of every kind of draw: short, longer than a split, with a common prefix."""
+    """Greedy requests and random ones: short, longer than a split, with a common prefix."""
     shared = [(i * 31 + 5) % vocab for i in range(140)]
     prompts = [[3 % vocab], shared, shared[:20], [(i * 7) % vocab for i in range(33)]] * 2
-    draws = [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"temperature": 0, "repetition_penalty": 1.3}]
-    return [({"prompt_token_ids": p}, SamplingParams(**draws[i % 3 if i < 4 else 3 - i % 4], seed=i, max_tokens=TOKENS, logprobs=1, ignore_eos=True,
-                                                     logits_digest=True, detokenize=False)) for i, p in enumerate(prompts)]
+    draws = [{"temperature": 0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}]
+    common = dict(max_tokens=TOKENS, logprobs=1, ignore_eos=True, logits_digest=True, detokenize=False)
+    return [({"prompt_token_ids": p}, SamplingParams(**draws[i // 4], **common, seed=i)) for i, p in enumerate(prompts)]
 
 
 def _bits(output) -> list:
@@ -107,8 +106,8 @@ def answers(model: str, dtype: str, load_format: str, cache_dir) -> list:
 
 def _cost(llm, model, dtype, load_format, cache_dir, seconds: float) -> float | None:
     """The share of `--fast`'s tokens per second that the promise costs here, both in turn for so many seconds; negative: it is faster."""
-    requests = [(p, dataclasses.replace(s, temperature=0, top_k=0, top_p=1.0, repetition_penalty=1.0, logprobs=None, logits_digest=False))
-                for p, s in _requests(llm.model_config.vocab_size)]
+    greedy = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, detokenize=False)
+    requests = [(p, greedy) for p, _ in _requests(llm.model_config.vocab_size)]
     with LLM(model, dtype=dtype, load_format=load_format, params=llm.params, reproducible=False, compile_cache_dir=cache_dir,
              skip_tokenizer_init=True, **LIMITS) as fast:
         best = {}
