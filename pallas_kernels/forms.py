@@ -104,6 +104,15 @@ def stream(x: jax.Array, w: jax.Array, law: Law) -> jax.Array:
     return jnp.concatenate([added(jnp.stack(sums[i * chunks:(i + 1) * chunks])) for i in range(several)])[None]
 
 
+def passes(x: jax.Array, w: jax.Array, law: Law) -> jax.Array:
+    """As `stream`, but a pass over w for each chunk: more rows of w at a time, and shorter loops."""
+    n, k = w.shape
+    several = _several(n, 1)
+    x, w = lax.optimization_barrier(x), w.reshape(several, n // several, k)
+    chunks = [slice(at, at + law.chunk) for at in range(0, k, law.chunk)]
+    return added(jnp.stack([jnp.concatenate(_chains([(x[0, c], w[i, :, c]) for i in range(several)])) for c in chunks]))[None]
+
+
 def _several(n: int, chunks: int) -> int:
     """How many rows of the weights `stream` sums at a time."""
     return next((c for c in (8, 4, 2, 1) if c * chunks <= ACCUMULATORS and n % c == 0), 0)
@@ -136,8 +145,8 @@ def _chains(pairs: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, ...]:
                             (products[0].ndim - 1,)))
 
 
-FORMS = {"plain": plain, "left": left, "stream": stream, "cut": cut, "written": written}
-QUICK, SAFE = ("plain", "left", "stream"), ("cut", "written")  # those that are timed; those that are taken if none of them holds
+FORMS = {"plain": plain, "left": left, "stream": stream, "passes": passes, "cut": cut, "written": written}
+QUICK, SAFE = ("plain", "left", "stream", "passes"), ("cut", "written")  # those that are timed; those that are taken if none of them holds
 
 
 def possible(name: str, k: int, n: int, rows: int, law: Law, dtype) -> bool:
@@ -145,8 +154,9 @@ def possible(name: str, k: int, n: int, rows: int, law: Law, dtype) -> bool:
     chunks = 1 if law.chunk is None else -(-k // law.chunk)
     if name == "left":
         return chunks * rows <= MOST_SPREAD
-    if name == "stream":  # its casts would cost bfloat16 more than they save
-        return rows == 1 and law.chunk is not None and dtype == jnp.float32 and _several(n, chunks) * chunks > 1
+    if name in ("stream", "passes"):  # their casts would cost bfloat16 more than they save
+        several = _several(n, chunks) * chunks if name == "stream" else _several(n, 1) * (1 < chunks <= ACCUMULATORS)
+        return rows == 1 and law.chunk is not None and dtype == jnp.float32 and several > 1
     return name == "plain" or law.chunk is not None
 
 
