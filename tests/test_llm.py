@@ -91,6 +91,9 @@ def test_a_stop_text_ends_the_choice_and_is_cut_off(llm):
     assert out.text == text[:text.index(stop)] and out.finish_reason == "stop" and out.stop_reason == stop
     kept = llm.generate("hello", letters(llm, 12, stop=[stop], include_stop_str_in_output=True))[0].outputs[0]
     assert kept.text == text[:text.index(stop)] + stop
+    for stop in (text[:2], text[1:4], text[3:5]):  # found though a longer stop text than the text so far is on the list
+        kept = llm.generate("hello", letters(llm, 12, stop=[stop, "a text that never comes"], include_stop_str_in_output=True))[0].outputs[0]
+        assert (kept.text, kept.stop_reason) == (text[:text.index(stop)] + stop, stop)
 
 
 def test_a_stop_token_ends_the_choice_and_is_not_part_of_the_text(llm):
