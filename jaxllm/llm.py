@@ -152,15 +152,18 @@ class LLM:
 
     def chat(self, messages: Sequence[dict] | Sequence[Sequence[dict]], sampling_params=None, *, use_tqdm: bool = False,
              on_delta: OnDelta | None = None, chat_template: str | None = None, add_generation_prompt: bool = True,
-             continue_final_message: bool = False, tools: list[dict] | None = None,
+             continue_final_message: bool | str = False, tools: list[dict] | None = None,
              chat_template_kwargs: dict | None = None) -> list[RequestOutput]:
-        """One RequestOutput for each conversation; `messages` is one list of {"role", "content"} or a list of such lists."""
-        if not messages:
-            raise UsageError("messages is empty; give at least one message", "messages")
-        conversations = [messages] if isinstance(messages[0], dict) else messages
-        prompts = [(None, self.get_tokenizer().apply_chat(
-            m, chat_template=chat_template, add_generation_prompt=add_generation_prompt, tools=tools,
-            continue_final_message=continue_final_message, **(chat_template_kwargs or {}))) for m in conversations]
+        """One RequestOutput for each conversation; `messages` is one list of {"role", "content"} or a list of such lists.
+
+        Templates render as in transformers (docs/checkpoints.md). chat_template_kwargs reach the template, `documents` among them.
+        """
+        if not messages or not isinstance(messages, (list, tuple)):
+            raise UsageError("messages is empty or no list; give at least one message", "messages")
+        conversations = messages if isinstance(messages[0], (list, tuple)) else [messages]
+        options = dict(chat_template=chat_template, add_generation_prompt=add_generation_prompt, tools=tools,
+                       continue_final_message=continue_final_message) | (chat_template_kwargs or {})
+        prompts = [(None, self.get_tokenizer().apply_chat(m, **options)) for m in conversations]
         return self._run(prompts, sampling_params, use_tqdm, on_delta)
 
     def _prompts(self, prompts) -> list[tuple[str | None, list[int]]]:

@@ -7,20 +7,19 @@ No code from a checkpoint ever runs.
 import functools
 import hashlib
 import importlib.util
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken
 
 from jaxllm.errors import CheckpointError, UnsupportedError, UsageError
-from jaxllm.text.chat import messages_for_template, pick_template, read_templates, render
+from jaxllm.text.chat import messages_for_template, pick_template, plain, read_templates, render
+from jaxllm.text.settings import NAMED, add_tokens, follow_class, one_line, read_settings
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
          "spiece.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json")
 OLDER = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.json", "vocab.txt")
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -70,8 +69,9 @@ class Tokenizer:
         """The text of one token alone, as logprobs show it: U+FFFD where it holds part of a character."""
         return self.backend.decode([token_id], skip_special_tokens=False)
 
-    def apply_chat(self, messages: Sequence[dict], *, chat_template: str | None = None, add_generation_prompt: bool = True,
-                   continue_final_message: bool = False, tools: list[dict] | None = None, **kwargs) -> list[int]:
+    def apply_chat(self, conversation: Sequence[dict], /, *, chat_template: str | None = None, add_generation_prompt: bool = True,
+                   continue_final_message: bool | str = False, tools: list[dict] | None = None,
+                   documents: list[dict] | None = None, **kwargs) -> list[int]:
         """Token ids of a conversation through the chat template, which itself writes the begin token where there is one.
 
         `chat_template` is Jinja text or the name of one of the tokenizer's templates; kwargs reach the template.
@@ -79,10 +79,22 @@ class Tokenizer:
         if add_generation_prompt and continue_final_message:
             raise UsageError("add_generation_prompt and continue_final_message exclude each other; "
                              "to continue the last message, pass add_generation_prompt=False", "continue_final_message")
-        messages = messages_for_template(messages)
-        template = pick_template(self.templates, chat_template, bool(tools), self.name)
+        for name, given in (("tools", tools), ("documents", documents)):
+            if given is not None and not (isinstance(given, (list, tuple)) and all(isinstance(each, Mapping) for each in given)):
+                kinds = sorted({type(each).__name__ for each in given}) if isinstance(given, (list, tuple)) else [type(given).__name__]
+                raise UsageError(f"{name} holds {', '.join(kinds)}; it must be a list of objects" +
+                                 (" (the JSON schema of each function)" if name == "tools" else ""), name)
+        if "messages" in kwargs:
+            raise UsageError("chat_template_kwargs holds 'messages'; the conversation is the first argument", "chat_template_kwargs")
+        try:
+            messages = messages_for_template(conversation)
+            variables = {**self.special, "documents": plain(documents, "documents"), **plain(kwargs, "chat_template_kwargs")}
+            tools = plain(tools, "tools")
+        except RecursionError:
+            raise UsageError("the conversation is nested too deeply; messages, tools and documents are a few levels deep", "messages") from None
+        template = pick_template(self.templates, chat_template, tools is not None, self.name)
         text = render(template, messages, add_generation_prompt=add_generation_prompt,
-                      continue_final_message=continue_final_message, tools=tools, variables={**self.special, **kwargs})
+                      continue_final_message=continue_final_message, tools=tools, variables=variables)
         return self.encode(text, add_special_tokens=False)
 
     def fingerprint(self) -> str:
@@ -111,37 +123,19 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         if folder.exists():
             raise CheckpointError(f"{folder} is a file; a tokenizer is read from the folder that holds tokenizer.json")
         folder = _download(str(path_or_id))
-    config = _read_json(folder / "tokenizer_config.json")
     file = folder / "tokenizer.json"
+    backend = _read_backend(file) if file.is_file() else _convert_older(folder)
+    settings = read_settings(folder, backend)
     if file.is_file():
-        backend = _read_backend(file)
+        backend = follow_class(backend, settings)
     else:
-        backend = _convert_older(folder)
+        settings.special = {**_customary(backend), **settings.special}
     backend.no_truncation()
     backend.no_padding()
-    special = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
-    if not file.is_file():
-        special = {**_customary(backend), **special}
-    _add_configured_tokens(backend, config, special)
+    backend.encode_special_tokens = settings.split_special_tokens
+    add_tokens(backend, settings)
     files = tuple(sorted(f for f in (folder / name for name in FILES) if f.is_file()))
-    return Tokenizer(backend, special=special, templates=read_templates(folder, config), files=files, name=str(path_or_id))
-
-
-def _read_json(file: Path) -> dict:
-    """The object in a JSON file, {} when there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{file} is not readable as JSON: {_one_line(e)}; fetch the file again") from e
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, an object is needed; fetch the file again")
-    return content
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return Tokenizer(backend, special=settings.special, templates=read_templates(folder, settings.config), files=files, name=str(path_or_id))
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
@@ -155,7 +149,7 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(content)
     except Exception as e:  # the Rust side raises bare Exception
-        raise CheckpointError(f"{file} ({len(content)} bytes) is not a tokenizer: {_one_line(e)}; fetch the file again") from e
+        raise CheckpointError(f"{file} ({len(content)} bytes) is not a tokenizer: {one_line(e)}; fetch the file again") from e
 
 
 def _convert_older(folder: Path) -> tokenizers.Tokenizer:
@@ -171,7 +165,7 @@ def _convert_older(folder: Path) -> tokenizers.Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises ValueError, OSError, ImportError and KeyError for a damaged file
-        raise CheckpointError(f"{folder / found[0]} could not be read as a tokenizer: {_one_line(e)}; "
+        raise CheckpointError(f"{folder / found[0]} could not be read as a tokenizer: {one_line(e)}; "
                               "put a tokenizer.json beside it") from e
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
@@ -198,34 +192,4 @@ def _download(model_id: str) -> Path:
         return Path(snapshot_download(model_id, allow_patterns=[*FILES, "additional_chat_templates/*", "config.json"]))
     except Exception as e:  # huggingface_hub raises its own, httpx's and ValueError
         raise CheckpointError(f"{model_id} is not a folder here, and fetching it from the Hugging Face hub failed: "
-                              f"{_one_line(e)}; check the name, the network and your token, or give a folder") from e
-
-
-def _special_tokens(*configs: dict) -> dict[str, str]:
-    """{"bos_token": "<s>", ...} from tokenizer_config.json and special_tokens_map.json, the first to name one wins."""
-    found = {}
-    for config in configs:
-        for name in NAMED:
-            value = config.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str) and value and name not in found:
-                found[name] = value
-    return found
-
-
-def _add_configured_tokens(backend: tokenizers.Tokenizer, config: dict, special: dict[str, str]) -> None:
-    """None; tokens that only tokenizer_config.json names are added, and named special tokens are marked as such."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    declared = config.get("added_tokens_decoder") or {}
-    for _, token in sorted(declared.items(), key=lambda item: int(item[0])):
-        if token["content"] not in known:
-            flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
-            backend.add_tokens([AddedToken(token["content"], special=token.get("special", False), **flags)])
-            known.add(token["content"])
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    extra = list(extra.values()) if isinstance(extra, dict) else extra
-    for value in (*special.values(), *extra):
-        content = value.get("content") if isinstance(value, dict) else value
-        marked = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        if content not in marked:
-            backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+                              f"{one_line(e)}; check the name, the network and your token, or give a folder") from e
