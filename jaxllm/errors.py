@@ -3,12 +3,28 @@
 Every message says what was asked, what was found, what is allowed and what to do. `JaxllmError` is what a caller
 catches; the command line prints its text on one line and exits with `exit_status`.
 """
+import contextlib
 
 
 class JaxllmError(Exception):
     """Base of every error that jaxllm raises on purpose; `exit_status` is what the shell sees."""
 
     exit_status = 1
+    where: str | None = None  # which of many prompts it is about, as its caller knows it
+    index: int | None = None  # its place among them
+
+    def __str__(self):
+        return f"{self.where}: {super().__str__()}" if self.where else super().__str__()
+
+
+@contextlib.contextmanager
+def about(where: str | None, index: int | None = None):
+    """Errors of the block say that they are about `where`, the prompt number `index`."""
+    try:
+        yield
+    except JaxllmError as e:
+        e.where, e.index = where, index
+        raise
 
 
 class UsageError(JaxllmError, ValueError):

@@ -7,7 +7,7 @@
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from jaxllm.engine.cache import cache_bytes, plan_cache
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.request import Request, TokenEvent, TokenLogprobs, derived_seed
 from jaxllm.engine.runner import Runner
-from jaxllm.errors import UsageError
+from jaxllm.errors import UsageError, about
 from jaxllm.loading import load_model, shapes
 from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.sampling_params import SamplingParams, check_text, token_ids
 from jaxllm.text.stream import TextStream
 from jaxllm.text.tokenizer import load_tokenizer
 from pallas_kernels import dispatch
@@ -47,7 +47,8 @@ class _Live:
 class LLM:
     """A model, its tokenizer and an engine. Use it from one thread; `close` or leaving a `with` block frees the device.
 
-    model: a folder in Hugging Face layout, a Hugging Face id, or "builtin:tales". dtype "auto" is the checkpoint's own.
+    model: a folder in Hugging Face layout, a Hugging Face id, or "builtin:tales". dtype "auto" is the checkpoint's own,
+    else a name ("bfloat16", "half") or a NumPy or JAX dtype.
     params: its weights, as `jaxllm.load_params` returns or another LLM's `.params`; then none are read. reproducible False: a
     request's bits may depend on its batch, for what speed `jaxllm bench reproducible` shows.
     max_model_len None: the model's, or what the cache holds. kv_cache_memory_bytes None: 1 GiB on a CPU, on a GPU what
@@ -55,7 +56,7 @@ class LLM:
     JAX itself is configured to. The user's random state and JAX configuration are left as they are.
     """
 
-    def __init__(self, model: str, *, dtype: str = "auto", seed: int = 0, max_model_len: int | None = None,
+    def __init__(self, model: str, *, dtype="auto", seed: int = 0, max_model_len: int | None = None,
                  max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None, enable_prefix_caching: bool = True,
                  kv_cache_memory_bytes: int | None = None, gpu_memory_utilization: float = 0.9, load_format: str = "auto",
                  pt_load_map_location="cpu", tokenizer: str | None = None, skip_tokenizer_init: bool = False,
@@ -105,6 +106,14 @@ class LLM:
     def params(self):
         """The weights, the pytree that `jaxllm.models.decoder.forward` takes."""
         return self._runner.params
+
+    @cached_property
+    def _eos(self) -> tuple[int, ...]:
+        """The tokens that end a text: those of config.json, generation_config.json and the tokenizer."""
+        own, vocab = self.tokenizer and self.tokenizer.eos_token_id, self.model_config.vocab_size
+        if own is not None and own >= vocab:
+            log.warning("the tokenizer's end token is %d and the model has %d tokens: it is never drawn", own, vocab)
+        return tuple(dict.fromkeys([*self.model_config.eos_token_ids, *([own] if own is not None and own < vocab else [])]))
 
     def get_tokenizer(self):
         """The tokenizer; raises UsageError when it was left out."""
@@ -163,31 +172,46 @@ class LLM:
         conversations = messages if isinstance(messages[0], (list, tuple)) else [messages]
         options = dict(chat_template=chat_template, add_generation_prompt=add_generation_prompt, tools=tools,
                        continue_final_message=continue_final_message) | (chat_template_kwargs or {})
-        prompts = [(None, self.get_tokenizer().apply_chat(m, **options)) for m in conversations]
+        prompts = []
+        for index, conversation in enumerate(conversations):
+            with about(f"messages[{index}]" if len(conversations) > 1 else None, index):
+                prompts.append((None, self.get_tokenizer().apply_chat(conversation, **options)))
         return self._run(prompts, sampling_params, use_tqdm, on_delta)
 
     def _prompts(self, prompts) -> list[tuple[str | None, list[int]]]:
-        single = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        return [self._prompt(p) for p in ([prompts] if single else prompts)]
+        if isinstance(prompts, (str, bytes, bytearray, dict)):
+            return [self._prompt(prompts)]
+        if not isinstance(prompts, Iterable):
+            raise UsageError(f"prompts is a {type(prompts).__name__}; it must be a text, token ids, or a list of these", "prompt")
+        prompts = prompts.tolist() if callable(getattr(prompts, "tolist", None)) else list(prompts)
+        if prompts and _is_number(prompts[0]):
+            return [self._prompt(prompts)]
+        out = []
+        for index, prompt in enumerate(prompts):
+            with about(f"prompts[{index}]" if len(prompts) > 1 else None, index):
+                out.append(self._prompt(prompt))
+        return out
 
     def _prompt(self, prompt) -> tuple[str | None, list[int]]:
         """(text, token ids) of a prompt in any of its forms."""
         if isinstance(prompt, dict):
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
-                raise UsageError(f"a prompt has the keys {sorted(prompt)}; it must have 'prompt' or 'prompt_token_ids'", "prompt")
+                raise UsageError(f"a prompt has the keys {sorted(map(str, prompt))}; it must have 'prompt' or 'prompt_token_ids'", "prompt")
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         else:
-            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+            text, ids = (prompt, None) if isinstance(prompt, (str, bytes, bytearray)) else (None, prompt)
         if ids is None:
             if not isinstance(text, str):
                 raise UsageError(f"a prompt is a {type(text).__name__}; it must be a text or a list of token ids", "prompt")
+            check_text(text, "the prompt")
             ids = self.get_tokenizer().encode(text)
+        ids = token_ids("prompt_token_ids", ids)
         vocab = self.model_config.vocab_size
         for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-                raise UsageError(f"prompt_token_ids holds {token!r}; the model's tokens are 0 to {vocab - 1}", "prompt")
-        return text, list(ids)
+            if not 0 <= token < vocab:
+                raise UsageError(f"prompt_token_ids holds {token!r:.40}; the model's tokens are 0 to {vocab - 1}", "prompt")
+        return text, ids
 
     def _request(self, id_: str, identity: str, ids: list[int], params: SamplingParams) -> Request:
         cfg = self.model_config
@@ -195,9 +219,7 @@ class LLM:
         if params.detokenize and self.tokenizer is None:
             params = dataclasses.replace(params, detokenize=False)
         longest = self.config.max_model_len
-        eos = () if params.ignore_eos else cfg.eos_token_ids
-        if not params.ignore_eos and not eos and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            eos = (self.tokenizer.eos_token_id,)
+        eos = () if params.ignore_eos else self._eos
         return Request(
             id_, tuple(ids), params, params.seed if params.seed is not None else derived_seed(self.config.seed, identity),
             max_total=longest if params.max_tokens is None else min(longest, len(ids) + params.max_tokens),
@@ -222,8 +244,9 @@ class LLM:
         call = next(self._calls)
         lives: dict[str, _Live] = {}
         for index, ((text, ids), p) in enumerate(zip(prompts, params, strict=True)):
-            request = self._request(f"{call}-{index}", str(index), ids, p)
-            self._engine.check(request)
+            with about(f"prompts[{index}]" if len(prompts) > 1 else None, index):
+                request = self._request(f"{call}-{index}", str(index), ids, p)
+                self._engine.check(request)
             lives[request.id] = self._live(request, text)
         order = list(lives.values())
         for live in order:
@@ -259,10 +282,16 @@ class LLM:
         if given is None:
             given = self.get_default_sampling_params()
         if isinstance(given, SamplingParams):
-            return [given] * count
+            return [given.clone()] * count  # a copy, since fields may have been changed, and may be while this runs
+        if not isinstance(given, (list, tuple)) or not all(isinstance(each, SamplingParams) for each in given):
+            raise UsageError(f"sampling_params is a {type(given).__name__}; it must be a SamplingParams or a list of them", "sampling_params")
         if len(given) != count:
             raise UsageError(f"{count} prompts and {len(given)} sampling_params; give one for all or one for each", "sampling_params")
-        return list(given)
+        out = []
+        for index, each in enumerate(given):
+            with about(f"sampling_params[{index}]", index):
+                out.append(each.clone())
+        return out
 
     def _live(self, request: Request, text: str | None) -> _Live:
         p = request.params
@@ -290,7 +319,8 @@ class LLM:
         live.output.num_cached_tokens = max(live.output.num_cached_tokens, event.cached_tokens)
         delta = ""
         if event.finish_reason is not None:
-            out.finish_reason, out.stop_reason = str(event.finish_reason), event.stop_reason
+            by_eos = event.stop_reason in self._eos and not live.request.params.ignore_eos
+            out.finish_reason, out.stop_reason = str(event.finish_reason), None if by_eos else event.stop_reason
         if stream is not None:
             ended_by_token = event.finish_reason == "stop" and not live.request.params.include_stop_str_in_output
             delta = stream.push([] if ended_by_token else [event.token], final=event.finish_reason is not None)
@@ -366,6 +396,10 @@ def _check_options(**options) -> None:
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
         if options[name] is not None and options[name] < 1:
             raise UsageError(f"{name}={options[name]}; it must be at least 1", name)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) or getattr(value, "shape", None) == ()  # NumPy's and JAX's have no dimensions
 
 
 def _progress(requests: int):

@@ -87,8 +87,7 @@ def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf
     """
     if load_format not in LOAD_FORMATS:
         raise UsageError(f"load_format={load_format!r}; it must be one of {', '.join(LOAD_FORMATS)}", "load_format")
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"dtype={dtype!r}; it must be auto or one of {', '.join(DTYPES)}", "dtype")
+    dtype = dtype_name(dtype)
     path = resolve(model)
     config = read_config(path, hf_overrides)
     reader = family(config)
@@ -108,6 +107,16 @@ def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf
         params = load_params(checkpoint, reader.RULES, decoder.template(cfg, jnp.dtype(chosen)), place=place,
                              map_location=pt_load_map_location)
         return LoadedModel(path, cfg, params, generation, tuple(Path(f) for f in checkpoint.files))
+
+
+def dtype_name(dtype) -> str:
+    """"auto" or one of DTYPES, from its name, vLLM's other names for it, or a NumPy or JAX dtype."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(getattr(dtype, "dtype", None), "name", None) \
+        or getattr(dtype, "__name__", None)
+    name = {"half": "float16", "float": "float32"}.get(name, name)
+    if name not in ("auto", *DTYPES):
+        raise UsageError(f"dtype={dtype!r:.80}; it must be auto or one of {', '.join(DTYPES)} (half, float)", "dtype")
+    return name
 
 
 def shapes(params):

@@ -1,11 +1,12 @@
 """Prompts from files: every line is read and checked before any work starts."""
+import codecs
 import dataclasses
 import json
 import sys
 from pathlib import Path
 
-from jaxllm.errors import UsageError
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.errors import UsageError, about
+from jaxllm.sampling_params import SamplingParams, check_text
 
 SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
 PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages")
@@ -18,7 +19,42 @@ class PromptLine:
     prompt: str | dict | None            # a text or {"prompt_token_ids": ids}; None: messages
     messages: list[dict] | None
     sampling: dict                       # fields of SamplingParams
-    where: str                           # "FILE:LINE", for messages
+    where: str                           # "FILE:LINE" or "prompt N", for messages
+
+
+def read_arguments(prompts: list[str]) -> list[PromptLine]:
+    """The prompts of a command line; "-", and standard input where there is none and something is piped in, is one prompt."""
+    piped = _piped() if "-" in prompts or not (prompts or _at_a_terminal()) else ""
+    prompts = prompts or (["-"] if piped else [])
+    if prompts.count("-") > 1:
+        raise UsageError("- is given twice; standard input can be read once")
+    lines = [PromptLine(piped if text == "-" else text, None, {}, "standard input" if text == "-" else f"prompt {i}") for i, text in enumerate(prompts, 1)]
+    for line in lines:
+        check_text(line.prompt, line.where)
+    return lines
+
+
+def _piped() -> str:
+    """The text on standard input, without the newline that `echo` puts behind it."""
+    return _utf8(_stdin(), "standard input").removesuffix("\n").removesuffix("\r")
+
+
+def _at_a_terminal() -> bool:
+    return sys.stdin is None or sys.stdin.closed or sys.stdin.isatty()
+
+
+def _stdin() -> bytes:
+    try:
+        return sys.stdin.buffer.read()
+    except (AttributeError, OSError, ValueError):  # there is none, or it is not for reading, or closed
+        return b""
+
+
+def _utf8(data: bytes, where: str) -> str:
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{where}: byte {e.start} (0x{e.object[e.start]:02x}) is not UTF-8; save the text as UTF-8") from e
 
 
 def read_prompts(name: str) -> list[PromptLine]:
@@ -28,10 +64,10 @@ def read_prompts(name: str) -> list[PromptLine]:
     """
     label = "standard input" if name == "-" else name
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = _stdin() if name == "-" else Path(name).read_bytes()
     except OSError as e:
         raise UsageError(f"cannot read the prompts file {name}: {e.strerror}; give a JSONL file or - for standard input") from e
-    lines = [_line(raw, f"{label}:{number}") for number, raw in enumerate(data.split(b"\n"), 1) if raw.strip()]
+    lines = [_line(raw, f"{label}:{number}") for number, raw in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1) if raw.strip()]
     if not lines:
         raise UsageError(f"{label} holds no prompts; put one JSON text or object on each line")
     return lines
@@ -39,21 +75,25 @@ def read_prompts(name: str) -> list[PromptLine]:
 
 def _line(raw: bytes, where: str) -> PromptLine:
     try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        raise UsageError(f"{where}: byte {e.start} (0x{raw[e.start]:02x}) is not UTF-8; save the file as UTF-8") from e
-    except (json.JSONDecodeError, RecursionError) as e:
+        value = json.loads(_utf8(raw, where))
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as e:  # a number of too many digits is a ValueError
         raise UsageError(f"{where}: not JSON ({e}); each line must be a JSON text or object") from e
     if isinstance(value, str):
         value = {"prompt": value}
     if not isinstance(value, dict):
         raise UsageError(f"{where}: a JSON {type(value).__name__}; each line must be a text or an object with 'prompt'")
+    try:
+        check_text(json.dumps(value, ensure_ascii=False), where)
+    except RecursionError:
+        raise UsageError(f"{where}: nested too deeply; messages are a few levels deep") from None
     given = [name for name in PROMPT_FIELDS if name in value]
     if len(given) != 1:
         raise UsageError(f"{where}: has {' and '.join(given) or 'no prompt'}; it must have exactly one of {', '.join(PROMPT_FIELDS)}")
     unknown = sorted(set(value) - SAMPLING_FIELDS - set(PROMPT_FIELDS))
     if unknown:
-        raise UsageError(f"{where}: unknown field {unknown[0]!r}; allowed: {', '.join(PROMPT_FIELDS)} and the sampling parameters")
+        raise UsageError(f"{where}: unknown field {unknown[0]!r:.80}; allowed: {', '.join(PROMPT_FIELDS)} and the sampling parameters")
     kind, content = given[0], value[given[0]]
     if kind == "prompt" and not isinstance(content, str):
         raise UsageError(f"{where}: prompt is a {type(content).__name__}; it must be a text")
@@ -68,7 +108,5 @@ def _line(raw: bytes, where: str) -> PromptLine:
 
 def sampling_of(line: PromptLine, common: dict) -> SamplingParams:
     """The line's SamplingParams over the common ones; an error names the line."""
-    try:
+    with about(line.where):
         return SamplingParams(**{**common, **line.sampling})
-    except UsageError as e:
-        raise UsageError(f"{line.where}: {e}", e.param) from e

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxllm.errors import UsageError
+from jaxllm.errors import JaxllmError, UsageError, about
 from jaxllm.sampling_params import SamplingParams
 
 VERSION = 1
@@ -94,15 +94,18 @@ def replay(llm, entries: list[tuple[int, dict]], *, batch_size: int, shuffle_see
         part = order[start:start + batch_size]
         prompts = [{"prompt_token_ids": e["prompt_token_ids"]} for _, e in part]
         params = [_params(e, line) for line, e in part]
-        for (line, e), output in zip(part, llm.generate(prompts, params), strict=True):
+        try:
+            outputs = llm.generate(prompts, params)
+        except JaxllmError as e:
+            e.where = e.where if e.index is None else f"line {part[e.index][0]}"
+            raise
+        for (line, e), output in zip(part, outputs, strict=True):
             yield line, compare(line, e["outputs"], [_bits(o) for o in output.outputs])
 
 
 def _params(e: dict, line: int) -> SamplingParams:
-    try:
+    with about(f"line {line}"):
         return SamplingParams(**{**e["sampling"], "seed": e["seed"], "logprobs": e["sampling"].get("logprobs") or 0})
-    except UsageError as error:
-        raise UsageError(f"line {line}: {error}", error.param) from error
 
 
 def compare(line: int, recorded: list[dict], replayed: list[dict]) -> Difference | None:

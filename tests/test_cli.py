@@ -1,4 +1,5 @@
 """The command line from outside: output, exit status, one-line errors, and nothing else on standard output."""
+import io
 import json
 import os
 import pty
@@ -101,6 +102,71 @@ def test_one_bad_line_among_thousands_is_named_before_any_work(run, tmp_path, mo
     (["frobnicate"], 2, ["frobnicate"]), ([], 2, ["COMMAND"]), (["inspect", "/nope"], 1, ["/nope"]), (["bench", "latency", "--runs", "0"], 2, ["runs"])])
 def test_misuse_is_one_line_with_its_status(run, args, status, words):
     refused(run(*args), status, *words)
+
+
+def test_an_error_that_comes_later_names_the_line_too(run, tmp_path):
+    file = tmp_path / "p.jsonl"
+    for line, words in ((json.dumps("x" * 400), "400 tokens"), ('{"prompt_token_ids": [300]}', "0 to 299"), ('{"prompt": "a", "stop_token_ids": [300]}', "300"),
+                        ('{"messages": [{"role": "user", "content": "a"}]}', "no chat template")):
+        file.write_text(f'"a"\n\n{line}\n"b"\n')
+        refused(run("generate", "--prompts-file", str(file)), 2, f"{file}:3: ", words)
+
+
+@pytest.mark.parametrize("line", [b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b'"\\ud83d"', b'{"messages": [{"role": "user", "content": "\\udfff"}]}',
+                                  b'{"prompt": "a", "ignore_eos": "no"}', b'{"prompt": "a", "logit_bias": [1]}', b'{"prompt": "a", "stop": 3}', b"[" * 9000])
+def test_a_line_that_is_strange_is_one_line_of_error(run, tmp_path, line):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'"fine"\n' + line)
+    refused(run("generate", "--prompts-file", str(file)), 2, f"{file}:2: ")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(run, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf"a"\r\n"b"\r\n')
+    rows = [json.loads(line) for line in run("generate", "--prompts-file", str(file), "--format", "json", "--max-tokens", "1")[1].splitlines()]
+    assert [r["prompt"] for r in rows] == ["a", "b"]
+
+
+@pytest.mark.parametrize("raised", [KeyError("x"), AttributeError("no"), ZeroDivisionError(), TypeError("a\nb"), RecursionError("deep"), AssertionError(), StopIteration(),
+                                    UnicodeEncodeError("ascii", "é", 0, 1, "no"), type("PanicException", (BaseException,), {})("panic")])
+def test_whatever_is_raised_the_shell_sees_one_line(run, monkeypatch, raised):
+    def fail(*a, **k):
+        raise raised
+    monkeypatch.setattr("jaxllm.llm.LLM.generate", fail)
+    refused(run("generate", "x", "--max-tokens", "1"), 1, type(raised).__name__, "--debug")
+
+
+class Piped(io.TextIOWrapper):
+    def __init__(self, data):
+        super().__init__(io.BytesIO(data), "utf-8")
+
+
+@pytest.mark.parametrize("arguments, piped, prompts", [
+    ([], b"hello\n", ["hello"]), (["-"], b"hello\r\n", ["hello"]), (["a", "-"], "é\n\n".encode(), ["a", "é\n"]), ([], b"\xef\xbb\xbfhi", ["hi"]), (["a"], b"hello", ["a"])])
+def test_standard_input_is_a_prompt(run, monkeypatch, arguments, piped, prompts):
+    monkeypatch.setattr(sys, "stdin", Piped(piped))
+    rows = [json.loads(line) for line in run("generate", *arguments, "--format", "json", "--max-tokens", "1")[1].splitlines()]
+    assert [r["prompt"] for r in rows] == prompts
+
+
+@pytest.mark.parametrize("arguments, piped, words", [([], b"", "no prompt"), ([], b"\n", "no prompt"), (["-"], b"\n", "standard input: the prompt is empty"),
+                                                     (["-", "-"], b"a", "twice"), (["-"], b"\xff", "standard input: byte 0"), (["\udcff"], b"", "prompt 1")])
+def test_a_bad_standard_input_is_refused(run, monkeypatch, arguments, piped, words):
+    monkeypatch.setattr(sys, "stdin", Piped(piped))
+    refused(run("generate", *arguments), 2, words)
+
+
+def test_an_answer_is_not_lost_to_a_terminal_without_its_letters(folder):
+    """In processes of their own, with an encoding that has no letter of the answer; `python -m jaxllm` is the command too."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    more = ["generate", "-", "--model", folder, "--load-format", "dummy", "--max-tokens", "8", "--temperature", "3", "--ignore-eos"]
+    outputs = []
+    for form in ("text", "json"):
+        process = subprocess.run([sys.executable, "-m", "jaxllm", *more, "--format", form], input="é".encode(), capture_output=True, env=environment, timeout=100)
+        assert process.returncode == 0 and process.stderr == b""
+        outputs.append(process.stdout.decode("ascii"))
+    row = json.loads(outputs[1])
+    assert row["prompt"] == "é" and outputs[0].rstrip("\n") == row["outputs"][0]["text"].encode("ascii", "backslashreplace").decode().rstrip("\n")
 
 
 def test_half_a_model_is_refused_by_what_is_missing(run, tmp_path, folder):

@@ -4,7 +4,7 @@ import json
 import sys
 
 from jaxllm.commands.options import add_model_options, make_llm
-from jaxllm.errors import UsageError
+from jaxllm.errors import JaxllmError, UsageError, about
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -21,7 +21,7 @@ def add_parser(commands, common) -> None:
     """Adds the command to the parser."""
     p = commands.add_parser("generate", parents=[common], allow_abbrev=False, help="write on from a prompt",
                             description="Write on from one prompt or many. Sampling defaults are the model's own.")
-    p.add_argument("prompts", nargs="*", metavar="PROMPT")
+    p.add_argument("prompts", nargs="*", metavar="PROMPT", help="-, or none with something piped in: standard input is the prompt")
     p.add_argument("--prompts-file", metavar="F.jsonl|-", help="one JSON text or object with 'prompt' and sampling fields on each line")
     group = p.add_argument_group("sampling")
     for name, (kind, metavar, text) in SAMPLING.items():
@@ -37,14 +37,11 @@ def add_parser(commands, common) -> None:
 
 def run_generate(args) -> int:
     """`jaxllm generate`."""
-    from jaxllm.prompts import PromptLine, read_prompts, sampling_of
+    from jaxllm.prompts import read_arguments, read_prompts, sampling_of
     from jaxllm.sampling_params import SamplingParams
     if args.prompts_file and args.prompts:
         raise UsageError("both PROMPT and --prompts-file are given; give one of them")
-    if args.prompts_file:
-        lines = read_prompts(args.prompts_file)
-    else:
-        lines = [PromptLine(text, None, {}, f"prompt {i}") for i, text in enumerate(args.prompts, 1)]
+    lines = read_prompts(args.prompts_file) if args.prompts_file else read_arguments(args.prompts)
     if not lines:
         raise UsageError('no prompt; give one, as in: jaxllm generate "Once upon a time", or --prompts-file')
     if any(line.prompt == "" for line in lines):
@@ -59,18 +56,23 @@ def run_generate(args) -> int:
         common |= {"max_tokens": DEFAULT_MAX_TOKENS} | given
         params = [sampling_of(line, common) for line in lines]
         prompts = [_prompt_of(llm, line) for line in lines]
-        stream = _Streamer(args.prompts) if len(lines) == 1 and params[0].n == 1 and args.format == "text" and sys.stdout.isatty() else None
+        stream = _Streamer(lines[0].prompt) if len(lines) == 1 and params[0].n == 1 and args.format == "text" and sys.stdout.isatty() else None
         asked = params
         if args.record:  # a record holds logprobs whether they were asked for or not
             params = [p if p.logprobs is not None else dataclasses.replace(p, logprobs=0) for p in params]
-        results = llm.generate(prompts, params, use_tqdm=stream is None and sys.stderr.isatty(), on_delta=stream)
+        try:
+            results = llm.generate(prompts, params, use_tqdm=stream is None and sys.stderr.isatty(), on_delta=stream)
+        except JaxllmError as e:
+            e.where = e.where if e.index is None else lines[e.index].where
+            raise
         if args.record:
             _record(args.record, llm, asked, results)
         if stream is not None:
             stream.end()
         elif args.format == "json":
+            escaped = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
             for index, result in enumerate(results):
-                print(json.dumps(as_json(index, result), ensure_ascii=False))
+                print(json.dumps(as_json(index, result), ensure_ascii=escaped))
         else:
             _print_texts(results)
     return 0
@@ -93,14 +95,15 @@ def _record(path: str, llm, asked, results) -> None:
 def _prompt_of(llm, line):
     if line.messages is None:
         return line.prompt
-    return {"prompt_token_ids": llm.get_tokenizer().apply_chat(line.messages)}
+    with about(line.where):
+        return {"prompt_token_ids": llm.get_tokenizer().apply_chat(line.messages)}
 
 
 class _Streamer:
     """Writes new text to the terminal as it comes, after the prompt (on standard error: it is not a result)."""
 
-    def __init__(self, prompts):
-        self._prompt = prompts[0] if prompts else ""
+    def __init__(self, prompt):
+        self._prompt = prompt if isinstance(prompt, str) else ""
 
     def __call__(self, output, choice, delta):
         if self._prompt:

@@ -59,7 +59,11 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the begin and end tokens that the tokenizer's own rules add."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as e:  # what it says of a lone surrogate, of all things
+            raise UsageError(f"the text is not one: {type(text).__name__} with half of a surrogate pair" if isinstance(text, str)
+                             else f"a text is a {type(text).__name__}", "prompt") from e
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids that the tokenizer does not know give nothing."""
