@@ -132,7 +132,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(run, tmp_path):
 def test_whatever_is_raised_the_shell_sees_one_line(run, monkeypatch, raised):
     def fail(*a, **k):
         raise raised
-    monkeypatch.setattr("jaxllm.llm.LLM.generate", fail)
+    monkeypatch.setattr("jaxllm.llm.LLM.__init__", fail)
     refused(run("generate", "x", "--max-tokens", "1"), 1, type(raised).__name__, "--debug")
 
 

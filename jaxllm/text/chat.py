@@ -34,6 +34,7 @@ def read_templates(folder: Path, config: dict) -> dict[str, str]:
             found = _declared(config.get("chat_template"), folder / "tokenizer_config.json")
         if not found and older.is_file():
             found = _declared(json.loads(older.read_text(encoding="utf-8"))["chat_template"], older)
+        "".join(found.values()).encode()  # no half of a surrogate pair
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise CheckpointError(f"the chat templates in {folder} are not readable: {e}; fetch them again or remove them") from e
     return found
@@ -62,7 +63,7 @@ def pick_template(templates: dict[str, str], wanted: str | None, with_tools: boo
         return templates["tool_use"]
     if "default" in templates:
         return templates["default"]
-    has = f"has the templates {', '.join(sorted(templates))}, none of them default" if templates else "has no chat template"
+    has = f"has the templates {', '.join(map(repr, sorted(templates)))}, none of them default" if templates else "has no chat template"
     raise UsageError(f"tokenizer {name} {has}; pass chat_template= with Jinja text or a name, "
                      "or use generate() with a prompt that you format", "chat_template")
 

@@ -56,7 +56,7 @@ def read_settings(folder: Path, backend: tokenizers.Tokenizer) -> Settings:
         elif "extra_special_tokens" in over:
             said["extra_special_tokens"] = [*_listed(first, file), *_listed(over["extra_special_tokens"], beside)]
         values = [*(said.get(name) for name in NAMED), *_listed(said.get("extra_special_tokens"), file)]
-        names = {value.get("content") if isinstance(value, dict) else value for value in values if isinstance(value, (str, dict))}
+        names = {text for value in values if isinstance(text := value.get("content") if isinstance(value, dict) else value, str)}
         declared = _encoder(read_json(folder / "added_tokens.json"), names, folder / "added_tokens.json")
         declared |= backend.get_added_tokens_decoder()
     more = said.get("extra_special_tokens", said.get("additional_special_tokens"))
@@ -95,6 +95,7 @@ def read_json(file: Path) -> dict:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # no half of a surrogate pair
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{file} is not readable as JSON: {one_line(e)}; fetch the file again") from e
     if not isinstance(content, dict):
