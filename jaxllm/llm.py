@@ -206,7 +206,8 @@ class LLM:
                 raise UsageError(f"a prompt is a {type(text).__name__}; it must be a text or a list of token ids", "prompt")
             check_text(text, "the prompt")
             ids = self.get_tokenizer().encode(text)
-        ids = token_ids("prompt_token_ids", ids)
+        else:
+            ids = token_ids("prompt_token_ids", ids)
         vocab = self.model_config.vocab_size
         for token in ids:
             if not 0 <= token < vocab:

@@ -136,7 +136,7 @@ def token_ids(name: str, value) -> list[int]:
     items = value.tolist() if callable(getattr(value, "tolist", None)) else value
     if isinstance(items, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(items, Iterable):
         raise UsageError(f"{name} is a {type(value).__name__}; it must be a list of token ids, or an array of one dimension", name)
-    items = [_scalar(item) for item in items]
+    items = [item if type(item) is int else _scalar(item) for item in items]
     for item in items:
         if type(item) is not int:
             raise UsageError(f"{name} holds {_shown(item)}; token ids are integers", name)

@@ -24,7 +24,8 @@ SECONDS = 5.0           # of one rendering; published templates take millisecond
 LARGEST = 16 << 20      # weight of one value beyond 16 times the conversation's: characters, and ELEMENT for each part
 ELEMENT = 16            # so that a million empty lists is the most: going through them takes half a second
 IN_ALL = 512 << 20      # bytes of all values that one rendering makes, dropped ones included: a text grown piece by piece counts often
-UNBOUNDED = ("striptags", "urlize", "wordwrap")  # filters of quadratic time, which no chat template needs
+BITS = 1 << 16          # of an integer: the time of arithmetic grows faster than its size
+UNBOUNDED = ("striptags", "urlize", "wordwrap", "wordcount", "pprint")  # filters that take much more than they give, and no chat template needs
 
 
 class Generation(jinja2.ext.Extension):
@@ -121,12 +122,14 @@ class Room(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context, operator, left, right):
         if operator == "%" and isinstance(left, str):
             self._foresee("format", left, [right])
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            self._allow(left.bit_length() * abs(right) / 64)
+        elif isinstance(left, int) and isinstance(right, int):
+            bits = {"**": left.bit_length() * max(right, 0), "*": left.bit_length() + right.bit_length()}.get(operator, 0)
+            if bits > BITS:
+                self._refuse()
         elif operator == "*":
             for many, count in ((left, right), (right, left)):
                 if isinstance(count, int):
-                    self._allow(self._weigh(many) * abs(count) if not isinstance(many, int) else (many.bit_length() + count.bit_length()) / 64)
+                    self._allow(self._weigh(many) * abs(count))
         return self.made(super().call_binop(context, operator, left, right))
 
     def _watched(self, name, function):
@@ -136,7 +139,7 @@ class Room(jinja2.sandbox.ImmutableSandboxedEnvironment):
         @functools.wraps(function)
         def watched(*args, **kwargs):
             before, (value, *rest) = args[:skip], args[skip:]
-            if name == "join" and isinstance(value, Iterator):
+            if name in ("join", "sum") and isinstance(value, Iterator):
                 value = list(value)
             self._foresee(name, value, [*rest, *kwargs.values()])
             return self.made(function(*before, value, *rest, **kwargs))
@@ -148,8 +151,16 @@ class Room(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Refuses what `value.name(*others)` or `value | name(*others)` would make too large."""
         numbers = [abs(a) for a in others if isinstance(a, int)]
         texts = [a for a in others if isinstance(a, str)]
-        if name in ("center", "ljust", "rjust", "zfill", "to_bytes", "batch", "slice", "round"):
+        if name in ("center", "ljust", "rjust", "zfill", "to_bytes"):
             self._allow(sum(numbers))
+        elif name in ("batch", "slice"):
+            self._allow(sum(numbers) * 4 * ELEMENT)  # an empty list takes 56 bytes
+        elif name == "round":
+            self._allow(sum(numbers) ** 2)  # a power of ten
+        elif name in ("split", "rsplit", "splitlines", "list", "sort", "unique", "reverse", "groupby") and isinstance(value, (str, bytes)):
+            self._allow(len(value) * 4)
+        elif name == "sum" and any(not isinstance(a, (int, float, str)) for a in others):  # of lists: each sum is a copy
+            self._allow(self._weigh(value) * len(value) / 1024)
         elif name in ("expandtabs", "indent", "tojson", "translate"):
             self._allow(self._weigh(value) * max([1, *numbers, *map(self._weigh, (a for a in others if not isinstance(a, int)))]))
         elif name == "replace" and len(texts) > 1:
@@ -182,7 +193,7 @@ class Room(jinja2.sandbox.ImmutableSandboxedEnvironment):
             elif isinstance(item, (str, bytes)):
                 weight += len(item)
             elif isinstance(item, int):
-                weight += item.bit_length() >> 6
+                pass
             elif type(item) is Namespace:
                 todo.append(item._Namespace__attrs)
             elif isinstance(item, Mapping):

@@ -30,7 +30,6 @@ class Settings:
     tokens: list[AddedToken]           # to be added, in this order, where they are not there yet
     ids: dict[str, int]                # what the files say of their ids
     class_name: str | None             # the class of transformers that has rules of its own
-    split_special_tokens: bool = False
 
 
 def read_settings(folder: Path, backend: tokenizers.Tokenizer) -> Settings:
@@ -75,10 +74,10 @@ def read_settings(folder: Path, backend: tokenizers.Tokenizer) -> Settings:
                           single_word=token.single_word) for token in (*named.values(), *extra) if token.content not in known]
     if class_name == "Qwen2Tokenizer":  # which adds them once more, without their flags
         tokens += [AddedToken(content, special=True) for content in dict.fromkeys([*special.values(), *(token.content for token in extra)])]
-    split = config.get("split_special_tokens") or False
-    if not isinstance(split, bool):
-        raise CheckpointError(f"{file}: split_special_tokens is {split!r:.60}; it must be true or false")
-    return Settings(config, special, tokens, {token.content: index for index, token in declared.items()}, class_name, split)
+    for name in ("split_special_tokens", "add_prefix_space", "legacy"):
+        if not isinstance(config.get(name), bool | None):
+            raise CheckpointError(f"{file}: {name} is {config[name]!r:.60}; it must be true or false")
+    return Settings(config, special, tokens, {token.content: index for index, token in declared.items()}, class_name)
 
 
 def add_tokens(backend: tokenizers.Tokenizer, settings: Settings) -> None:
@@ -169,8 +168,6 @@ def _class_name(folder: Path, config: dict, backend: tokenizers.Tokenizer) -> st
 def follow_class(backend: tokenizers.Tokenizer, settings: Settings) -> tokenizers.Tokenizer:
     """The tokenizer as its class in transformers makes it of the same vocabulary, `add_prefix_space` included."""
     name, prefix = settings.class_name, settings.config.get("add_prefix_space")
-    if prefix is not None and not isinstance(prefix, bool):
-        raise CheckpointError(f"tokenizer_config.json: add_prefix_space is {prefix!r:.60}; it must be true or false")
     if name is None:
         return backend
     model, ends = backend.model, backend.post_processor

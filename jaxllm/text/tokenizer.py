@@ -136,7 +136,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         settings.special = {**_customary(backend), **settings.special}
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = settings.split_special_tokens
+    backend.encode_special_tokens = bool(settings.config.get("split_special_tokens"))
     add_tokens(backend, settings)
     files = tuple(sorted(f for f in (folder / name for name in FILES) if f.is_file()))
     return Tokenizer(backend, special=settings.special, templates=read_templates(folder, settings.config), files=files, name=str(path_or_id))
