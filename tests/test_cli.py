@@ -218,6 +218,19 @@ def test_a_record_is_verified_in_any_company_and_a_changed_bit_is_found(run, log
     assert status == 1 and "line 2, choice 0, token 2" in out
 
 
+def test_a_log_that_cannot_be_written_is_said_at_once_and_costs_no_answer(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxllm.llm.LLM.__init__", lambda *a, **k: pytest.fail("the model was loaded"))
+        refused(run("generate", "x", "--record", str(tmp_path)), 2, f"cannot write the log {tmp_path}")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("jaxllm.record.entry", full)
+    status, out, err = run("generate", "x", "--max-tokens", "2", "--format", "json", "--record", str(tmp_path / "log"))
+    assert status == 2 and "No space left" in err and err.count("\n") == 1
+    assert len(json.loads(out)["outputs"][0]["token_ids"]) == 2 and json.loads(out)["outputs"][0]["logprobs"] is None
+
+
 def test_another_fingerprint_is_said_and_compared_all_the_same(run, log):
     log.write_text(log.read_text().replace(jax.__version__, "0.1.2").replace('"jaxllm-', '"other-'))
     status, out, err = run("verify", str(log))

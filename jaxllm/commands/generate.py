@@ -50,6 +50,8 @@ def run_generate(args) -> int:
     given = {name: value for name, value in given.items() if value is not None}
     for line in lines:
         sampling_of(line, given)  # every line is checked before the model is loaded
+    if args.record:
+        _check_log(args.record)
     with make_llm(args, seed=args.seed) as llm:
         default = llm.get_default_sampling_params()
         common = {name: getattr(default, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
@@ -65,17 +67,30 @@ def run_generate(args) -> int:
         except JaxllmError as e:
             e.where = e.where if e.index is None else lines[e.index].where
             raise
-        if args.record:
-            _record(args.record, llm, asked, results)
-        if stream is not None:
-            stream.end()
-        elif args.format == "json":
-            escaped = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
-            for index, result in enumerate(results):
-                print(json.dumps(as_json(index, result), ensure_ascii=escaped))
-        else:
-            _print_texts(results)
+        try:
+            if args.record:
+                _record(args.record, llm, asked, results)
+        finally:  # no answer is lost to a log that cannot be written
+            _print(args.format, results, stream)
     return 0
+
+
+def _print(form: str, results, stream) -> None:
+    if stream is not None:
+        stream.end()
+    elif form == "json":
+        escaped = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+        for index, result in enumerate(results):
+            print(json.dumps(as_json(index, result), ensure_ascii=escaped))
+    else:
+        _print_texts(results)
+
+
+def _check_log(path: str) -> None:
+    try:
+        open(path, "a").close()
+    except OSError as e:
+        raise UsageError(f"cannot write the log {path}: {e.strerror}") from e
 
 
 def _record(path: str, llm, asked, results) -> None:
@@ -87,9 +102,10 @@ def _record(path: str, llm, asked, results) -> None:
                 log.write(json.dumps(entry(index, llm, params, result)) + "\n")
     except OSError as e:
         raise UsageError(f"cannot write the log {path}: {e.strerror}") from e
-    for params, result in zip(asked, results, strict=True):
-        for output in result.outputs if params.logprobs is None else ():
-            output.logprobs = output.cumulative_logprob = None
+    finally:
+        for params, result in zip(asked, results, strict=True):
+            for output in result.outputs if params.logprobs is None else ():
+                output.logprobs = output.cumulative_logprob = None
 
 
 def _prompt_of(llm, line):

@@ -32,13 +32,12 @@ class Settings:
     class_name: str | None             # the class of transformers that has rules of its own
 
 
-def read_settings(folder: Path, backend: tokenizers.Tokenizer) -> Settings:
-    """The settings in the files of a folder, whose vocabulary is `backend`.
+def read_settings(folder: Path, config: dict, backend: tokenizers.Tokenizer) -> Settings:
+    """The settings in the files of a folder, whose tokenizer_config.json holds `config` and whose vocabulary is `backend`.
 
     Raises CheckpointError, naming the file and the key, for what is not of its type.
     """
     file = folder / "tokenizer_config.json"
-    config = read_json(file)
     class_name = _class_name(folder, config, backend)
     said, own, over, beside = {**DEFAULTS.get(class_name, {}), **config}, {}, {}, folder / "special_tokens_map.json"
     if "additional_special_tokens" in said and not said.get("extra_special_tokens"):

@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 
 from jaxllm.errors import CheckpointError, UnsupportedError, UsageError
 from jaxllm.text.chat import messages_for_template, pick_template, plain, read_templates, render
-from jaxllm.text.settings import NAMED, add_tokens, follow_class, one_line, read_settings
+from jaxllm.text.settings import NAMED, add_tokens, follow_class, one_line, read_json, read_settings
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
          "spiece.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json")
@@ -128,18 +128,19 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
             raise CheckpointError(f"{folder} is a file; a tokenizer is read from the folder that holds tokenizer.json")
         folder = _download(str(path_or_id))
     file = folder / "tokenizer.json"
-    backend = _read_backend(file) if file.is_file() else _convert_older(folder)
-    settings = read_settings(folder, backend)
+    config = read_json(folder / "tokenizer_config.json")
     if file.is_file():
-        backend = follow_class(backend, settings)
+        backend = _read_backend(file)
+        settings = read_settings(folder, config, backend)
+        backend, special = follow_class(backend, settings), settings.special
+        backend.encode_special_tokens = bool(config.get("split_special_tokens"))
+        add_tokens(backend, settings)
     else:
-        settings.special = {**_customary(backend), **settings.special}
+        backend, special = _convert_older(folder)
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = bool(settings.config.get("split_special_tokens"))
-    add_tokens(backend, settings)
     files = tuple(sorted(f for f in (folder / name for name in FILES) if f.is_file()))
-    return Tokenizer(backend, special=settings.special, templates=read_templates(folder, settings.config), files=files, name=str(path_or_id))
+    return Tokenizer(backend, special=special, templates=read_templates(folder, config), files=files, name=str(path_or_id))
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
@@ -156,8 +157,8 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
         raise CheckpointError(f"{file} ({len(content)} bytes) is not a tokenizer: {one_line(e)}; fetch the file again") from e
 
 
-def _convert_older(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a folder without tokenizer.json, through transformers."""
+def _convert_older(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """The tokenizer of a folder without tokenizer.json, through transformers, and its named tokens."""
     found = [name for name in OLDER if (folder / name).is_file()]
     if not found:
         raise CheckpointError(f"{folder} has no tokenizer: looked for tokenizer.json, {', '.join(OLDER)}; copy the tokenizer's "
@@ -178,7 +179,7 @@ def _convert_older(folder: Path) -> tokenizers.Tokenizer:
     for name in NAMED:
         if getattr(loaded, name, None):
             backend.add_special_tokens([getattr(loaded, name)])
-    return backend
+    return backend, {**_customary(backend), **loaded.special_tokens_map}
 
 
 def _customary(backend: tokenizers.Tokenizer) -> dict[str, str]:
