@@ -19,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):  # one that is not UTF-8 shows what it has no letters for as \u....: nothing is lost
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -2,6 +2,7 @@
 import codecs
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,13 +26,22 @@ class PromptLine:
 def read_arguments(prompts: list[str]) -> list[PromptLine]:
     """The prompts of a command line; "-", and standard input where there is none and something is piped in, is one prompt."""
     piped = _piped() if "-" in prompts or not (prompts or _at_a_terminal()) else ""
-    prompts = prompts or (["-"] if piped else [])
+    prompts = [_argument(text) for text in prompts] or (["-"] if piped else [])
     if prompts.count("-") > 1:
         raise UsageError("- is given twice; standard input can be read once")
-    lines = [PromptLine(piped if text == "-" else text, None, {}, "standard input" if text == "-" else f"prompt {i}") for i, text in enumerate(prompts, 1)]
+    lines = [PromptLine(piped, None, {}, "standard input") if text == "-" else PromptLine(text, None, {}, f"prompt {i}")
+             for i, text in enumerate(prompts, 1)]
     for line in lines:
         check_text(line.prompt, line.where)
     return lines
+
+
+def _argument(text: str) -> str:
+    """The text of an argument that came as UTF-8, also where the locale says that it is something else."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:  # the locale is not UTF-8, and neither is the text: Python has decoded it rightly
+        return text
 
 
 def _piped() -> str:
@@ -93,7 +103,7 @@ def _line(raw: bytes, where: str) -> PromptLine:
         raise UsageError(f"{where}: has {' and '.join(given) or 'no prompt'}; it must have exactly one of {', '.join(PROMPT_FIELDS)}")
     unknown = sorted(set(value) - SAMPLING_FIELDS - set(PROMPT_FIELDS))
     if unknown:
-        raise UsageError(f"{where}: unknown field {unknown[0]!r:.80}; allowed: {', '.join(PROMPT_FIELDS)} and the sampling parameters")
+        raise UsageError(f"{where}: unknown field {unknown[0]!r:.80}; allowed: {', '.join(PROMPT_FIELDS)} and sampling parameters")
     kind, content = given[0], value[given[0]]
     if kind == "prompt" and not isinstance(content, str):
         raise UsageError(f"{where}: prompt is a {type(content).__name__}; it must be a text")

@@ -243,6 +243,16 @@ def test_chat_needs_a_template_and_messages(llm):
         llm.chat([])
 
 
+def test_chat_takes_parts_documents_and_several_conversations_and_bounds_the_template(llm):
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}|{% endfor %}{% endfor %}{{ documents[0].title }}{{ mood }}"
+    talk = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    more = {"chat_template": template, "chat_template_kwargs": {"documents": [{"title": "T"}], "mood": "!"}}
+    outputs = llm.chat([talk, talk], greedy(1), **more)
+    assert [llm.get_tokenizer().decode(o.prompt_token_ids) for o in outputs] == ["a|b|T!"] * 2
+    with pytest.raises(CapacityError, match="chat template"):
+        llm.chat(talk, greedy(1), chat_template="{{ 'a' * 2000000000 }}")
+
+
 @pytest.mark.parametrize("prompt,message", [("", "empty"), ([], None), ({"prompt_token_ids": []}, "empty"), ([VOCAB], "0 to 299"),
                                             ({"text": "x"}, "prompt_token_ids"), ("x" * 300, "300 tokens"), (3.5, None)])
 def test_a_prompt_that_cannot_run_is_refused(llm, prompt, message):

@@ -20,9 +20,13 @@ from jaxllm.errors import JaxllmError  # noqa: E402
 from tests.tiny import make_folder  # noqa: E402
 
 SECONDS = 1.0
-STRANGE = [None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e308, float("nan"), float("inf"), 2**31, 2**63, -2**63, 10**30, "", "a", " ", "\n", "\0", "é日本😀", "\ud83d",
-           "0", "true", "null", "<s>", "<|end|>", "{{ x", "{% for i in range(10) %}{{ i }}{% endfor %}", "../x", "a" * 10_000, [], {}, [[]], [None], [1, "a"], ["a"] * 300,
-           {"content": "a"}, {"content": None}, {"": 0}, {"a": {"a": {"a": []}}}, [{"role": "user", "content": "a"}], {"1": 1}, {"text": "a", "type": "text"}]
+STRANGE = [
+    None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e308, float("nan"), float("inf"), 2**31, 2**63, -2**63, 10**30,
+    "", "a", " ", "\n", "\0", "é日本😀", "\ud83d", "0", "true", "null", "<s>", "<|end|>", "../x", "a" * 10_000,
+    "{{ x", "{% for i in range(10) %}{{ i }}{% endfor %}",
+    [], {}, [[]], [None], [1, "a"], ["a"] * 300, {"content": "a"}, {"content": None}, {"": 0}, {"a": {"a": {"a": []}}}, {"1": 1},
+    [{"role": "user", "content": "a"}], {"text": "a", "type": "text"},
+]
 
 
 def mutated(draw: random.Random, example) -> bytes:
@@ -33,7 +37,8 @@ def mutated(draw: random.Random, example) -> bytes:
     data = json.dumps(value).encode()
     if draw.random() < 0.1:
         at, end = sorted(draw.choices(range(len(data) + 1), k=2))
-        data = draw.choice([data[:at], data[:at] + draw.randbytes(draw.randint(1, 4)) + data[at:], data[:at] + data[end:], data[:end] + data[at:]])
+        noise = draw.randbytes(draw.randint(1, 4))
+        data = draw.choice([data[:at], data[:at] + noise + data[at:], data[:at] + data[end:], data[:end] + data[at:]])
     return data
 
 
@@ -42,13 +47,15 @@ def _changed(draw: random.Random, value):
         return copy.deepcopy(draw.choice(STRANGE))
     if isinstance(value, list):
         at = draw.randrange(len(value))
-        return draw.choice([lambda: value[:at] + value[at + 1:], lambda: value + [value[at]], lambda: [*value[:at], _changed(draw, value[at]), *value[at + 1:]]])()
+        new = draw.choice([[], [value[at]] * 2, None])
+        return [*value[:at], *([_changed(draw, value[at])] if new is None else new), *value[at + 1:]]
     key = draw.choice(list(value))
     how = draw.random()
     if how < 0.1:
         return {k: v for k, v in value.items() if k != key}
     if how < 0.2:
-        return {(draw.choice(["", "a", "0", "-1", "messages", "prompt", key.upper()]) if k == key else k): v for k, v in value.items()}
+        other = draw.choice(["", "a", "0", "-1", "messages", "prompt", key.upper()])
+        return {(other if k == key else k): v for k, v in value.items()}
     return {**value, key: _changed(draw, value[key])}
 
 
@@ -56,14 +63,15 @@ def tokenizer_config(folder: Path):
     """A tokenizer's settings: read, a text there and back, and a conversation through whatever template there is."""
     from jaxllm.text.tokenizer import load_tokenizer
     make_folder(folder)
-    named = {"bos_token": "<s>", "eos_token": "<|end|>", "pad_token": {"__type": "AddedToken", "content": "<pad>", "lstrip": False}, "image_token": "<img>"}
+    token = {"content": "<|end|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    named = {"bos_token": "<s>", "eos_token": "<|end|>", "pad_token": {"__type": "AddedToken", **token}, "image_token": "<img>"}
     flags = {"add_prefix_space": False, "split_special_tokens": False, "legacy": False, "add_bos_token": True, "model_max_length": 256}
     chat = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    several = [{"name": "default", "template": chat}, {"name": "tool_use", "template": "{{ tools }}"}]
     examples = [{"tokenizer_class": "PreTrainedTokenizerFast", **named, **flags, "chat_template": chat, "extra_special_tokens": ["<x>"]},
-                {"tokenizer_class": "Qwen2Tokenizer", **named, "chat_template": [{"name": "default", "template": chat}, {"name": "tool_use", "template": "{{ tools }}"}],
-                 "extra_special_tokens": {"x_token": "<x>"}, "additional_special_tokens": ["<y>"]},
-                {"tokenizer_class": "LlamaTokenizer", "chat_template": chat, "added_tokens_decoder": {
-                    "256": {"content": "<|end|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}}}]
+                {"tokenizer_class": "Qwen2Tokenizer", **named, "chat_template": several, "extra_special_tokens": {"x_token": "<x>"},
+                 "additional_special_tokens": ["<y>"]},
+                {"tokenizer_class": "LlamaTokenizer", "chat_template": chat, "added_tokens_decoder": {"256": token}}]
 
     def attempt(data: bytes):
         (folder / "tokenizer_config.json").write_bytes(data)
@@ -76,18 +84,21 @@ def tokenizer_config(folder: Path):
 def prompts(folder: Path):
     """A line of a prompts file, and generation from it with the lengths cut short."""
     from jaxllm import LLM
-    from jaxllm.commands.generate import as_json
+    from jaxllm.commands.generate import _prompt_of, as_json
     from jaxllm.prompts import read_prompts, sampling_of
     model = make_folder(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}))
     llm = LLM(model, load_format="dummy", max_num_seqs=4, max_num_batched_tokens=32)
     file = folder / "prompts.jsonl"
-    sampling = {"temperature": 0.8, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 1, "seed": 3, "max_tokens": 2, "min_tokens": 1, "stop": ["a"], "stop_token_ids": [7],
-                "bad_words": ["b"], "logit_bias": {"5": 1.5}, "allowed_token_ids": list(range(40)), "repetition_penalty": 1.1, "presence_penalty": 0.1,
-                "frequency_penalty": 0.1, "logprobs": 1, "prompt_logprobs": 1, "ignore_eos": False, "skip_special_tokens": True, "detokenize": True}
+    sampling = {
+        "temperature": 0.8, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 1, "seed": 3, "max_tokens": 2, "min_tokens": 1, "stop": ["a"],
+        "stop_token_ids": [7], "bad_words": ["b"], "logit_bias": {"5": 1.5}, "allowed_token_ids": list(range(40)), "logprobs": 1,
+        "repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1, "prompt_logprobs": 1, "ignore_eos": False,
+        "skip_special_tokens": True, "detokenize": True}
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     examples = ["hello", {"prompt": "hello", **sampling}, {"prompt_token_ids": [1, 2, 3], "max_tokens": 2, "stop": "b"},
-                {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}], "max_tokens": 2}]
+                {"messages": messages, "max_tokens": 2}]
 
     def attempt(data: bytes):
         file.write_bytes(data)
@@ -95,8 +106,7 @@ def prompts(folder: Path):
         params = [sampling_of(line, {}) for line in lines]
         for p in params:
             p.n, p.max_tokens, p.min_tokens = min(p.n, 4), min(p.max_tokens or 2, 2), min(p.min_tokens, 2)
-        ready = [line.prompt if line.messages is None else {"prompt_token_ids": llm.get_tokenizer().apply_chat(line.messages)} for line in lines]
-        for index, result in enumerate(llm.generate(ready, params)):
+        for index, result in enumerate(llm.generate([_prompt_of(llm, line) for line in lines], params)):
             json.dumps(as_json(index, result))
     return examples, attempt
 

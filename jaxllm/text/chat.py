@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxllm.errors import CheckpointError, JaxllmError, UnsupportedError, UsageError
 
-END_MARK = "\ue000end\ue000 "  # private-use characters and a space: show where a template printed the end of a message, and if it trimmed
+END_MARK = "\ue000end\ue000 "  # private-use characters and a space: where a template printed the end of a message, and if it trimmed
 LONGEST = 1 << 17              # characters of a template; published ones have at most some ten thousand
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names of one field; templates read the first or the second
 PLAIN = {str: str.__str__, int: int.__int__, float: float.__float__}

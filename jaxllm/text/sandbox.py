@@ -23,9 +23,10 @@ from jaxllm.errors import CapacityError
 SECONDS = 5.0           # of one rendering; published templates take milliseconds
 LARGEST = 16 << 20      # weight of one value beyond 16 times the conversation's: characters, and ELEMENT for each part
 ELEMENT = 16            # so that a million empty lists is the most: going through them takes half a second
-IN_ALL = 512 << 20      # bytes of all values that one rendering makes, dropped ones included: a text grown piece by piece counts often
+IN_ALL = 512 << 20      # bytes of all values that one rendering makes, dropped ones included: a text grown in pieces counts often
 BITS = 1 << 16          # of an integer: the time of arithmetic grows faster than its size
-UNBOUNDED = ("striptags", "urlize", "wordwrap", "wordcount", "pprint")  # filters that take much more than they give, and no chat template needs
+UNBOUNDED = ("striptags", "urlize", "wordwrap", "wordcount", "pprint")  # filters that take more than they give; no chat template needs them
+CODECS = ("utf-8", "utf8", "ascii", "latin-1")  # of linear time; punycode's is quadratic
 
 
 class Generation(jinja2.ext.Extension):
@@ -85,12 +86,15 @@ class Room(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if time.monotonic() > self._until:
             raise CapacityError(f"the chat template takes more than {SECONDS:g} seconds; pass another with chat_template=")
 
-    def made(self, value):
-        """The value that a template has made, once it is known to be within the limits."""
+    def made(self, value, out_of=None):
+        """The value that a template has made, once it is known to be within the limits.
+
+        Parts of a text are new values; those of anything else were there before.
+        """
         self.tick()
         if not isinstance(value, Iterator):  # what an iterator yields is weighed by whoever collects it
-            self._weigh(value)
-            self._left -= sys.getsizeof(value)
+            weight = self._weigh(value)
+            self._left -= 4 * weight if isinstance(out_of, (str, bytes)) else sys.getsizeof(value)
             if self._left < 0:
                 self._refuse()
         return value
@@ -116,8 +120,8 @@ class Room(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return __obj(*args)  # tick, made and joined
         if isinstance(owner, (str, bytes, int)):
             args = [list(a) if isinstance(a, Iterator) else a for a in args]
-            __self._foresee(own.__name__, own.__self__, [*args, *kwargs.values()])
-        return __self.made(super().call(__context, __obj, *args, **kwargs))
+            __self._foresee(own.__name__, owner, [*args, *kwargs.values()])
+        return __self.made(super().call(__context, __obj, *args, **kwargs), owner)
 
     def call_binop(self, context, operator, left, right):
         if operator == "%" and isinstance(left, str):
@@ -142,7 +146,7 @@ class Room(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if name in ("join", "sum") and isinstance(value, Iterator):
                 value = list(value)
             self._foresee(name, value, [*rest, *kwargs.values()])
-            return self.made(function(*before, value, *rest, **kwargs))
+            return self.made(function(*before, value, *rest, **kwargs), value)
         return watched
 
     # -- limits ------------------------------------------------------------------------------------------------------
@@ -157,7 +161,11 @@ class Room(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self._allow(sum(numbers) * 4 * ELEMENT)  # an empty list takes 56 bytes
         elif name == "round":
             self._allow(sum(numbers) ** 2)  # a power of ten
-        elif name in ("split", "rsplit", "splitlines", "list", "sort", "unique", "reverse", "groupby") and isinstance(value, (str, bytes)):
+        elif name in ("rfind", "rindex", "rpartition", "rsplit") and texts and isinstance(value, str):
+            self._allow(len(value) * (4 + len(texts[0]) / 64))  # Python searches backwards in quadratic time at worst
+        elif name in ("encode", "decode") and texts and texts[0].lower() not in CODECS:
+            self._allow(len(value) ** 2)
+        elif name in ("split", "splitlines", "list", "sort", "unique", "reverse", "groupby") and isinstance(value, (str, bytes)):
             self._allow(len(value) * 4)
         elif name == "sum" and any(not isinstance(a, (int, float, str)) for a in others):  # of lists: each sum is a copy
             self._allow(self._weigh(value) * len(value) / 1024)
@@ -166,7 +174,8 @@ class Room(jinja2.sandbox.ImmutableSandboxedEnvironment):
         elif name == "replace" and len(texts) > 1:
             self._allow(str(value).count(texts[0]) * len(texts[1]))
         elif name == "join":
-            items, by = (others[0], value) if isinstance(value, (str, bytes)) and others and not isinstance(others[0], str) else (value, "".join(texts))
+            method = isinstance(value, (str, bytes)) and others and not isinstance(others[0], str)  # of the text between the items
+            items, by = (others[0], value) if method else (value, "".join(texts))
             self._allow(self._weigh(items) * (1 + len(by)))
         elif name in ("format", "format_map") and isinstance(value, str):
             inner = "*" in value or re.search(r"\{[^{}]*:[^{}]*\{", value)  # a width that is itself an argument
@@ -179,8 +188,8 @@ class Room(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self._refuse()
 
     def _refuse(self):
-        raise CapacityError(f"the chat template makes more text than {LARGEST >> 20} million characters and 16 times the conversation, "
-                            f"or more than {IN_ALL >> 20} MiB in all; pass another with chat_template=")
+        raise CapacityError(f"the chat template makes a text of more than {LARGEST >> 20} million characters and 16 times the conversation, "
+                            f"an integer of more than {BITS} bits, or more than {IN_ALL >> 20} MiB in all; pass another with chat_template=")
 
     def _weigh(self, value) -> int:
         """The weight of a value as printing it would go through it: shared parts count as often as they occur."""
@@ -193,7 +202,8 @@ class Room(jinja2.sandbox.ImmutableSandboxedEnvironment):
             elif isinstance(item, (str, bytes)):
                 weight += len(item)
             elif isinstance(item, int):
-                pass
+                if item.bit_length() > BITS:
+                    self._refuse()
             elif type(item) is Namespace:
                 todo.append(item._Namespace__attrs)
             elif isinstance(item, Mapping):
@@ -232,6 +242,9 @@ class _Watch(NodeTransformer):
 
     def visit_Concat(self, node):
         return self._call("joined", self.generic_visit(node).nodes, node)
+
+    def visit_Getitem(self, node):
+        return self._call("made", [self.generic_visit(node)], node) if isinstance(node.arg, jinja2.nodes.Slice) else self.generic_visit(node)
 
     visit_For = visit_Macro = visit_CallBlock = _repeats
     visit_List = visit_Tuple = visit_Dict = _makes

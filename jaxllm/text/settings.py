@@ -16,7 +16,8 @@ from jaxllm.errors import CheckpointError
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MOST_TOKENS = 1 << 24  # an id beyond it is no token's: the largest vocabularies have a quarter of a million
-QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+              r"\s*[\r\n]+|\s+(?!\S)|\s+")  # where Qwen's vocabulary was learned within, as each of its tokenizer.json says
 
 log = logging.getLogger("jaxllm")
 
@@ -59,9 +60,10 @@ def read_settings(folder: Path, config: dict, backend: tokenizers.Tokenizer) -> 
         declared |= backend.get_added_tokens_decoder()
     more = said.get("extra_special_tokens", said.get("additional_special_tokens"))
     extra = [_token(value, f"{file}: extra_special_tokens") for value in _listed(more, file)]
-    own = {key: value for key, value in said.items() if key.endswith("_token") and key not in NAMED and isinstance(value, (str, dict))} | own
+    own = {key: value for key, value in said.items()
+           if key.endswith("_token") and key not in NAMED and isinstance(value, (str, dict))} | own
     if clash := {"messages", "tools", "documents", "add_generation_prompt"} & set(own):
-        raise CheckpointError(f"{file}: extra_special_tokens names a token {min(clash)!r}, which is what chat templates call something else")
+        raise CheckpointError(f"{file}: extra_special_tokens names a token {min(clash)!r}; chat templates call something else by that name")
     named = {name: _token(value, f"{beside if name in over else file}: {name}")
              for name, value in {**{n: said.get(n) for n in NAMED}, **own}.items() if value not in (None, "")}
     special = {name: token.content for name, token in named.items()}
@@ -72,7 +74,7 @@ def read_settings(folder: Path, config: dict, backend: tokenizers.Tokenizer) -> 
     tokens += [AddedToken(token.content, special=True, normalized=token.normalized, lstrip=token.lstrip, rstrip=token.rstrip,
                           single_word=token.single_word) for token in (*named.values(), *extra) if token.content not in known]
     if class_name == "Qwen2Tokenizer":  # which adds them once more, without their flags
-        tokens += [AddedToken(content, special=True) for content in dict.fromkeys([*special.values(), *(token.content for token in extra)])]
+        tokens += [AddedToken(token.content, special=True) for token in (*named.values(), *extra)]
     for name in ("split_special_tokens", "add_prefix_space", "legacy"):
         if not isinstance(config.get(name), bool | None):
             raise CheckpointError(f"{file}: {name} is {config[name]!r:.60}; it must be true or false")
@@ -110,13 +112,13 @@ def _token(value, where: str) -> AddedToken:
     flags = {name: value[name] for name in FLAGS if name in value} if isinstance(value, dict) else {}
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) or not content or not all(isinstance(flag, bool) for flag in flags.values()):
-        raise CheckpointError(f"{where} is {value!r:.80}; it must be a text, or an object with the text as 'content' and flags that are true or false")
+        raise CheckpointError(f"{where} is {value!r:.80}; it must be a text, or an object with the text as 'content' and flags of true or false")
     return AddedToken(content, **{"special": not isinstance(value, dict), **flags})
 
 
 def _listed(value, file: Path) -> list:
     if value is not None and not isinstance(value, list):
-        raise CheckpointError(f"{file}: extra_special_tokens is {value!r:.80}; it must be a list of tokens or an object from names to tokens")
+        raise CheckpointError(f"{file}: extra_special_tokens is {value!r:.80}; it must be a list of tokens, or an object from names to them")
     return value or []
 
 
@@ -126,7 +128,8 @@ def _decoder(declared, file: Path) -> dict[int, AddedToken]:
     out = {}
     for key, value in declared.items():
         if not (key.isascii() and key.isdigit() and len(key) < 12 and int(key) < MOST_TOKENS) or not isinstance(value, dict):
-            raise CheckpointError(f"{file}: added_tokens_decoder has {key!r:.40}: {value!r:.60}; it must map ids from 0 to {MOST_TOKENS - 1} to objects")
+            raise CheckpointError(f"{file}: added_tokens_decoder has {key!r:.40}: {value!r:.60}; "
+                                  f"it must map ids from 0 to {MOST_TOKENS - 1} to objects")
         out[int(key)] = _token(value, f"{file}: added_tokens_decoder[{key}]")
     return out
 
@@ -135,7 +138,8 @@ def _encoder(declared: dict, special: set[str], file: Path) -> dict[int, AddedTo
     for content, index in declared.items():
         if type(index) is not int or not 0 <= index < MOST_TOKENS or not content:
             raise CheckpointError(f"{file}: {content!r:.60} is {index!r:.60}; each token must have an id from 0 to {MOST_TOKENS - 1}")
-    return {index: AddedToken(content, normalized=content not in special, special=content in special) for content, index in declared.items()}
+    return {index: AddedToken(content, normalized=content not in special, special=content in special)
+            for content, index in declared.items()}
 
 
 # -- classes of transformers that set parts of a tokenizer whatever its tokenizer.json says ---------------------------------
@@ -151,7 +155,7 @@ def _class_name(folder: Path, config: dict, backend: tokenizers.Tokenizer) -> st
     """Which of the classes above transformers takes for the folder; None: tokenizer.json alone counts."""
     try:
         model = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError, RecursionError):  # a tokenizer may stand alone; a bad config.json is reported by who reads it
+    except (OSError, ValueError, AttributeError, RecursionError):  # there may be none; what is wrong with it, its reader says
         model = None
     name = config.get("tokenizer_class")
     if name is not None and not isinstance(name, str):
@@ -159,7 +163,8 @@ def _class_name(folder: Path, config: dict, backend: tokenizers.Tokenizer) -> st
     name = name and name.removesuffix("Fast")
     if model == "qwen2" and isinstance(backend.model, tokenizers.models.BPE) or (model == "qwen3" and name is None):
         return "Qwen2Tokenizer"
-    if name == "LlamaTokenizer" and any(part is not None and b"ByteLevel" in part.__getstate__() for part in (backend.pre_tokenizer, backend.decoder)):
+    parts = [part.__getstate__() for part in (backend.pre_tokenizer, backend.decoder) if part is not None]
+    if name == "LlamaTokenizer" and any(b"ByteLevel" in part for part in parts):
         return None  # Llama 3 under the name of Llama 2's class
     return name if name in DEFAULTS and model != "mistral" and isinstance(backend.model, tokenizers.models.BPE) else None
 
