@@ -19,6 +19,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+    for stream in (sys.stdout, sys.stderr):  # one that is not UTF-8 shows what it has no letters for as \u....: nothing is lost
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="jaxllm: %(message)s", stream=sys.stderr)
     try:
         args = build_parser().parse_args(argv)
@@ -40,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"jaxllm: error: {_one_line(e)}", file=sys.stderr)
         return e.exit_status
-    except (OSError, MemoryError, RuntimeError, ValueError) as e:
-        if debug:
+    except BaseException as e:  # whatever it is: the panics of Rust libraries are no Exceptions
+        if debug or isinstance(e, (SystemExit, GeneratorExit)):
             raise
         print(f"jaxllm: error: {type(e).__name__}: {_one_line(e)} (--debug shows where)", file=sys.stderr)
         return 1

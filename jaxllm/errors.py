@@ -3,12 +3,28 @@
 Every message says what was asked, what was found, what is allowed and what to do. `JaxllmError` is what a caller
 catches; the command line prints its text on one line and exits with `exit_status`.
 """
+import contextlib
 
 
 class JaxllmError(Exception):
     """Base of every error that jaxllm raises on purpose; `exit_status` is what the shell sees."""
 
     exit_status = 1
+    where: object = None      # what it is about, as its caller knows it: which of many prompts, a file
+    index: int | None = None  # the place of a prompt among them
+
+    def __str__(self):
+        return f"{self.where}: {super().__str__()}" if self.where else super().__str__()
+
+
+@contextlib.contextmanager
+def about(where, index: int | None = None):
+    """Errors of the block say that they are about `where`: a file, or the prompt number `index`."""
+    try:
+        yield
+    except JaxllmError as e:
+        e.where, e.index = where, index
+        raise
 
 
 class UsageError(JaxllmError, ValueError):

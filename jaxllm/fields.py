@@ -113,7 +113,7 @@ def refuse_changing(given: Mapping, table: Mapping[str, tuple], where: str = "")
         raise UnsupportedError(f"{where}{told} would change the answer and is not supported; take it out if it is not meant")
 
 
-def token_ids(value: int | list[int] | None, name: str, vocab_size: int, where: str) -> tuple[int, ...]:
+def known_ids(value: int | list[int] | None, name: str, vocab_size: int, where: str) -> tuple[int, ...]:
     """The token ids of a key that check_fields has passed; those outside the vocabulary, never drawn, are left out with a warning."""
     ids = tuple(dict.fromkeys(value if isinstance(value, list) else () if value is None else (value,)))
     if outside := [token for token in ids if not 0 <= token < vocab_size]:

@@ -20,10 +20,12 @@ from jaxllm.engine.cache import cache_bytes, plan_cache
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.request import Request, TokenEvent, TokenLogprobs, derived_seed
 from jaxllm.engine.runner import Runner, compilation_cache, own_configuration
-from jaxllm.errors import UnsupportedError, UsageError
-from jaxllm.loading import load_model, naming, own_sampling, shapes
+from jaxllm.errors import UnsupportedError, UsageError, about
+from jaxllm.fields import known_ids
+from jaxllm.loading import load_model, own_sampling, shapes
 from jaxllm.models.decoder import product_shapes
 from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxllm.prompts import in_tokens
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.text.chat import read_date
 from jaxllm.text.stream import TextStream
@@ -51,7 +53,8 @@ class _Live:
 class LLM:
     """A model, its tokenizer and an engine. Use it from one thread; `close` or leaving a `with` block frees the device.
 
-    model: a folder in Hugging Face layout, a Hugging Face id, or "builtin:tales". dtype "auto" is the checkpoint's own.
+    model: a folder in Hugging Face layout, a Hugging Face id, or "builtin:tales". dtype "auto" is the checkpoint's own,
+    else a name ("bfloat16", "half") or a NumPy or JAX dtype.
     params: its weights, as `jaxllm.load_params` returns or another LLM's `.params`; then none are read. reproducible True: each
     program proves before it serves that a row's bits do not depend on the batch, or `unproven` and every answer say so; "strict":
     all programs are compiled and proven now, and UnsupportedError is raised if one fails; False: a request's bits may depend on its
@@ -63,7 +66,7 @@ class LLM:
     is kept. The user's random state and JAX configuration are left as they are.
     """
 
-    def __init__(self, model: str, *, dtype: str = "auto", seed: int = 0, max_model_len: int | None = None,
+    def __init__(self, model: str, *, dtype="auto", seed: int = 0, max_model_len: int | None = None,
                  max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None, enable_prefix_caching: bool = True,
                  kv_cache_memory_bytes: int | None = None, gpu_memory_utilization: float = 0.9, load_format: str = "auto",
                  pt_load_map_location="cpu", tokenizer: str | None = None, skip_tokenizer_init: bool = False,
@@ -140,6 +143,12 @@ class LLM:
         """The weights, the pytree that `jaxllm.models.decoder.forward` takes."""
         return self._runner.params
 
+    @cached_property
+    def _eos(self) -> tuple[int, ...]:
+        """The tokens that end a text: those of config.json, generation_config.json and the tokenizer."""
+        own, cfg = self.tokenizer and self.tokenizer.eos_token_id, self.model_config
+        return tuple(dict.fromkeys(cfg.eos_token_ids + known_ids(own, "the end token", cfg.vocab_size, "the tokenizer")))
+
     def get_tokenizer(self):
         """The tokenizer; raises UsageError when it was left out."""
         if self.tokenizer is None:
@@ -148,7 +157,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json asks for; SamplingParams() where it is silent."""
-        with naming(self._loaded.path / "generation_config.json"):
+        with about(self._loaded.path / "generation_config.json"):
             return SamplingParams(**self.own_sampling())
 
     def own_sampling(self) -> dict:
@@ -203,51 +212,33 @@ class LLM:
         for each, or None for the model's own. on_delta is called with each piece of new text as it comes. use_tqdm shows
         progress on stderr. Raises UsageError before any work if one of the prompts cannot run.
         """
-        return self._run(self._prompts(prompts), sampling_params, use_tqdm, on_delta)
+        tokens = in_tokens(prompts, lambda text: self.get_tokenizer().encode(text), self.model_config.vocab_size)
+        return self._run(tokens, sampling_params, use_tqdm, on_delta)
 
     def chat(self, messages: Sequence[dict] | Sequence[Sequence[dict]], sampling_params=None, *, use_tqdm: bool = False,
              on_delta: OnDelta | None = None, chat_template: str | None = None, add_generation_prompt: bool = True,
-             continue_final_message: bool = False, tools: list[dict] | None = None,
+             continue_final_message: bool | str = False, tools: list[dict] | None = None,
              chat_template_kwargs: dict | None = None) -> list[RequestOutput]:
         """One RequestOutput for each conversation; `messages` is one list of {"role", "content"} or a list of such lists.
 
-        chat_template_kwargs reach the template; "chat_date" among them is what a template that reads the date is told is now
-        (ISO 8601 text; default: the clock). The output's chat_date says what it was.
+        Templates render as in transformers (docs/checkpoints.md). chat_template_kwargs reach the template, `documents` among them;
+        "chat_date" is what a template that reads the date is told is now (ISO 8601 text; default: the clock). The output's chat_date
+        says what it was.
         """
-        if not messages:
-            raise UsageError("messages is empty; give at least one message", "messages")
-        conversations = [messages] if isinstance(messages[0], dict) else messages
-        options = {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt, "tools": tools,
-                   "continue_final_message": continue_final_message, **(chat_template_kwargs or {})}
+        if not messages or not isinstance(messages, (list, tuple)):
+            raise UsageError("messages is empty or no list; give at least one message", "messages")
+        conversations = messages if isinstance(messages[0], (list, tuple)) else [messages]
+        options = dict(chat_template=chat_template, add_generation_prompt=add_generation_prompt, tools=tools,
+                       continue_final_message=continue_final_message) | (chat_template_kwargs or {})
         options["chat_date"] = read_date(options.get("chat_date"))  # one for all conversations
-        prompts = [self.get_tokenizer().chat_prompt(m, **options) for m in conversations]
+        prompts = []
+        for index, conversation in enumerate(conversations):
+            with about(f"messages[{index}]" if len(conversations) > 1 else None, index):
+                prompts.append(self.get_tokenizer().chat_prompt(conversation, **options))
         outputs = self._run([(None, ids) for ids, _ in prompts], sampling_params, use_tqdm, on_delta)
         for output, (_, date) in zip(outputs, prompts, strict=True):
             output.chat_date = date
         return outputs
-
-    def _prompts(self, prompts) -> list[tuple[str | None, list[int]]]:
-        single = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        return [self._prompt(p) for p in ([prompts] if single else prompts)]
-
-    def _prompt(self, prompt) -> tuple[str | None, list[int]]:
-        """(text, token ids) of a prompt in any of its forms."""
-        if isinstance(prompt, dict):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-            if unknown or not prompt:
-                raise UsageError(f"a prompt has the keys {sorted(prompt)}; it must have 'prompt' or 'prompt_token_ids'", "prompt")
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        else:
-            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-        if ids is None:
-            if not isinstance(text, str):
-                raise UsageError(f"a prompt is a {type(text).__name__}; it must be a text or a list of token ids", "prompt")
-            ids = self.get_tokenizer().encode(text)
-        vocab = self.model_config.vocab_size
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-                raise UsageError(f"prompt_token_ids holds {token!r}; the model's tokens are 0 to {vocab - 1}", "prompt")
-        return text, list(ids)
 
     def _request(self, id_: str, identity: str, ids: list[int], params: SamplingParams) -> Request:
         cfg = self.model_config
@@ -255,9 +246,7 @@ class LLM:
         if params.detokenize and self.tokenizer is None:
             params = dataclasses.replace(params, detokenize=False)
         longest = self.config.max_model_len
-        eos = () if params.ignore_eos else cfg.eos_token_ids
-        if not params.ignore_eos and not eos and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            eos = (self.tokenizer.eos_token_id,)
+        eos = () if params.ignore_eos else self._eos
         return Request(
             id_, tuple(ids), params, params.seed if params.seed is not None else derived_seed(self.config.seed, identity),
             max_total=longest if params.max_tokens is None else min(longest, len(ids) + params.max_tokens),
@@ -283,8 +272,9 @@ class LLM:
         call = next(self._calls)
         lives: dict[str, _Live] = {}
         for index, ((text, ids), p) in enumerate(zip(prompts, params, strict=True)):
-            request = self._request(f"{call}-{index}", str(index), ids, p)
-            self._engine.check(request)
+            with about(f"prompts[{index}]" if len(prompts) > 1 else None, index):
+                request = self._request(f"{call}-{index}", str(index), ids, p)
+                self._engine.check(request)
             lives[request.id] = self._live(request, text)
         order = list(lives.values())
         for live in order:
@@ -319,10 +309,16 @@ class LLM:
         if given is None:
             given = self.get_default_sampling_params()
         if isinstance(given, SamplingParams):
-            return [given] * count
+            return [given.clone()] * count  # a copy, since fields may have been changed, and may be while this runs
+        if not isinstance(given, (list, tuple)) or not all(isinstance(each, SamplingParams) for each in given):
+            raise UsageError(f"sampling_params is a {type(given).__name__}; it must be a SamplingParams or a list of them", "sampling_params")
         if len(given) != count:
             raise UsageError(f"{count} prompts and {len(given)} sampling_params; give one for all or one for each", "sampling_params")
-        return list(given)
+        out = []
+        for index, each in enumerate(given):
+            with about(f"sampling_params[{index}]", index):
+                out.append(each.clone())
+        return out
 
     def _live(self, request: Request, text: str | None) -> _Live:
         p = request.params
@@ -353,7 +349,8 @@ class LLM:
         live.output.num_cached_tokens = max(live.output.num_cached_tokens, event.cached_tokens)
         delta = ""
         if event.finish_reason is not None:
-            out.finish_reason, out.stop_reason = str(event.finish_reason), event.stop_reason
+            by_eos = event.stop_reason in self._eos and not live.request.params.ignore_eos
+            out.finish_reason, out.stop_reason = str(event.finish_reason), None if by_eos else event.stop_reason
         if stream is not None:
             ended_by_token = event.finish_reason == "stop" and not live.request.params.include_stop_str_in_output
             delta = stream.push([] if ended_by_token else [event.token], final=event.finish_reason is not None)

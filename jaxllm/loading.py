@@ -1,9 +1,7 @@
 """From a model's name to its config, weights and tokenizer's place: `builtin:NAME`, a folder, or a Hugging Face id."""
-import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -16,8 +14,8 @@ from jaxllm.checkpoint.load import dummy_params, load_params
 from jaxllm.checkpoint.mapped import brief
 from jaxllm.checkpoint.rules import Rule, sources
 from jaxllm.config import DTYPES, ModelConfig
-from jaxllm.errors import CheckpointError, JaxllmError, UsageError
-from jaxllm.fields import FIELDS, GENERATION_CHANGING, GENERATION_FIELDS, SAMPLING, check_fields, refuse_changing, token_ids
+from jaxllm.errors import CheckpointError, JaxllmError, UsageError, about
+from jaxllm.fields import FIELDS, GENERATION_CHANGING, GENERATION_FIELDS, SAMPLING, check_fields, known_ids, refuse_changing
 from jaxllm.models import decoder
 from jaxllm.models.families import overridden, reach
 from jaxllm.models.registry import family
@@ -113,17 +111,6 @@ def own_sampling(generation_config: dict) -> dict:
     return own | ({"temperature": 0.0} if generation_config.get("do_sample") is False else {})
 
 
-@contextlib.contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Errors of a block that reads `file` begin with its name."""
-    try:
-        yield
-    except JaxllmError as e:
-        named = type(e)(f"{file}: {e}")
-        named.__dict__.update(e.__dict__)  # the field at fault of a UsageError
-        raise named from e
-
-
 def account(path: Path) -> dict[str, dict]:
     """What becomes of the keys of a model folder's JSON files: {file: {"honoured": keys, "ignored": keys, "refused": why or None}}."""
     def config():
@@ -159,13 +146,12 @@ def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf
     """
     if load_format not in LOAD_FORMATS:
         raise UsageError(f"load_format={load_format!r}; it must be one of {', '.join(LOAD_FORMATS)}", "load_format")
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"dtype={dtype!r}; it must be auto or one of {', '.join(DTYPES)}", "dtype")
+    dtype = dtype_name(dtype)
     path = resolve(model)
     config = read_config(path, hf_overrides)
     reader, cfg = describe(path, config, max_model_len)
     generation = read_generation_config(path)
-    more = {name: token_ids(generation.get(name), name, cfg.vocab_size, str(path / "generation_config.json"))
+    more = {name: known_ids(generation.get(name), name, cfg.vocab_size, str(path / "generation_config.json"))
             for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
     cfg = dataclasses.replace(cfg, eos_token_ids=tuple(dict.fromkeys(cfg.eos_token_ids + more["eos_token_id"])))
     stated = config.get("dtype") or config.get("torch_dtype")
@@ -186,7 +172,7 @@ def load_model(model: str, *, dtype: str = "auto", load_format: str = "auto", hf
 
 def describe(path: Path, config: dict, max_model_len: int | None = None):
     """(family module, ModelConfig) of a model folder's config; errors name the file, a context that is too long is warned of."""
-    with naming(path / "config.json"):
+    with about(path / "config.json"):
         reader = family(config)
         cfg = reader.read_config(config, max_model_len)
         longest = reach(config, cfg)
@@ -216,6 +202,16 @@ def _as_stored(cfg: ModelConfig, rules, checkpoint):
                     checkpoint.path, held["head"], held["embedding"])
         return dataclasses.replace(cfg, tied=False), rules
     return cfg, rules
+
+
+def dtype_name(dtype) -> str:
+    """"auto" or one of DTYPES, from its name, vLLM's other names for it, or a NumPy or JAX dtype."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(getattr(dtype, "dtype", None), "name", None) \
+        or getattr(dtype, "__name__", None)
+    name = {"half": "float16", "float": "float32"}.get(name, name)
+    if name not in ("auto", *DTYPES):
+        raise UsageError(f"dtype={dtype!r:.80}; it must be auto or one of {', '.join(DTYPES)} (half, float)", "dtype")
+    return name
 
 
 def shapes(params):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxllm.errors import UsageError
+from jaxllm.errors import JaxllmError, UsageError, about
 from jaxllm.sampling_params import SamplingParams
 
 VERSION = 1
@@ -103,10 +103,8 @@ def _check(value, where: str) -> None:
     strange = sorted(set(value["sampling"]) - set(SAMPLING))
     if strange:
         raise UsageError(f"{where}: unknown sampling parameter {strange[0]!r}")
-    try:
+    with about(where):
         choices = _params(value).n
-    except UsageError as e:
-        raise UsageError(f"{where}: {e}", e.param) from e
     if len(value["outputs"]) != choices:
         raise UsageError(f"{where}: field 'outputs' holds {len(value['outputs'])} and sampling asks for n={choices}")
     for i, output in enumerate(value["outputs"]):
@@ -147,7 +145,12 @@ def replay(llm, entries: list[tuple[int, dict]], *, batch_size: int, shuffle_see
         part = order[start:start + batch_size]
         prompts = [{"prompt_token_ids": e["prompt_token_ids"]} for _, e in part]
         params = [_params(e, "logits" in kinds) for _, e in part]
-        for (line, e), output in zip(part, llm.generate(prompts, params), strict=True):
+        try:
+            outputs = llm.generate(prompts, params)
+        except JaxllmError as e:
+            e.where = e.where if e.index is None else f"line {part[e.index][0]}"
+            raise
+        for (line, e), output in zip(part, outputs, strict=True):
             yield compare(line, e["outputs"], [_bits(o) for o in output.outputs], kinds)
 
 

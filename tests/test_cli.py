@@ -1,4 +1,5 @@
 """The command line from outside: output, exit status, one-line errors, and nothing else on standard output."""
+import io
 import json
 import os
 import pty
@@ -46,7 +47,7 @@ def test_json_holds_what_is_promised_in_the_order_of_the_prompts(run):
     rows = [json.loads(line) for line in out.splitlines()]
     assert [(r["index"], r["prompt"]) for r in rows] == [(0, "hello"), (1, "there")]
     for r in rows:
-        assert set(r) == {"index", "prompt", "prompt_token_ids", "outputs", "seed", "system_fingerprint"}
+        assert set(r) == {"index", "prompt", "prompt_token_ids", "outputs", "seed", "system_fingerprint", "reproducible"}
         assert r["system_fingerprint"].startswith("jaxllm-") and isinstance(r["seed"], int)
         assert [o["index"] for o in r["outputs"]] == [0, 1]
         for o in r["outputs"]:
@@ -103,6 +104,71 @@ def test_misuse_is_one_line_with_its_status(run, args, status, words):
     refused(run(*args), status, *words)
 
 
+def test_an_error_that_comes_later_names_the_line_too(run, tmp_path):
+    file = tmp_path / "p.jsonl"
+    for line, words in ((json.dumps("x" * 400), "400 tokens"), ('{"prompt_token_ids": [300]}', "0 to 299"), ('{"prompt": "a", "stop_token_ids": [300]}', "300"),
+                        ('{"messages": [{"role": "user", "content": "a"}]}', "no chat template")):
+        file.write_text(f'"a"\n\n{line}\n"b"\n')
+        refused(run("generate", "--prompts-file", str(file)), 2, f"{file}:3: ", words)
+
+
+@pytest.mark.parametrize("line", [b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b'"\\ud83d"', b'{"messages": [{"role": "user", "content": "\\udfff"}]}',
+                                  b'{"prompt": "a", "ignore_eos": "no"}', b'{"prompt": "a", "logit_bias": [1]}', b'{"prompt": "a", "stop": 3}', b"[" * 9000])
+def test_a_line_that_is_strange_is_one_line_of_error(run, tmp_path, line):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'"fine"\n' + line)
+    refused(run("generate", "--prompts-file", str(file)), 2, f"{file}:2: ")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(run, tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf"a"\r\n"b"\r\n')
+    rows = [json.loads(line) for line in run("generate", "--prompts-file", str(file), "--format", "json", "--max-tokens", "1")[1].splitlines()]
+    assert [r["prompt"] for r in rows] == ["a", "b"]
+
+
+@pytest.mark.parametrize("raised", [KeyError("x"), AttributeError("no"), ZeroDivisionError(), TypeError("a\nb"), RecursionError("deep"), AssertionError(), StopIteration(),
+                                    UnicodeEncodeError("ascii", "é", 0, 1, "no"), type("PanicException", (BaseException,), {})("panic")])
+def test_whatever_is_raised_the_shell_sees_one_line(run, monkeypatch, raised):
+    def fail(*a, **k):
+        raise raised
+    monkeypatch.setattr("jaxllm.llm.LLM.__init__", fail)
+    refused(run("generate", "x", "--max-tokens", "1"), 1, type(raised).__name__, "--debug")
+
+
+class Piped(io.TextIOWrapper):
+    def __init__(self, data):
+        super().__init__(io.BytesIO(data), "utf-8")
+
+
+@pytest.mark.parametrize("arguments, piped, prompts", [
+    ([], b"hello\n", ["hello"]), (["-"], b"hello\r\n", ["hello"]), (["a", "-"], "é\n\n".encode(), ["a", "é\n"]), ([], b"\xef\xbb\xbfhi", ["hi"]), (["a"], b"hello", ["a"])])
+def test_standard_input_is_a_prompt(run, monkeypatch, arguments, piped, prompts):
+    monkeypatch.setattr(sys, "stdin", Piped(piped))
+    rows = [json.loads(line) for line in run("generate", *arguments, "--format", "json", "--max-tokens", "1")[1].splitlines()]
+    assert [r["prompt"] for r in rows] == prompts
+
+
+@pytest.mark.parametrize("arguments, piped, words", [([], b"", "no prompt"), ([], b"\n", "no prompt"), (["-"], b"\n", "standard input: the prompt is empty"),
+                                                     (["-", "-"], b"a", "twice"), (["-"], b"\xff", "standard input: byte 0"), (["\udcff"], b"", "prompt 1")])
+def test_a_bad_standard_input_is_refused(run, monkeypatch, arguments, piped, words):
+    monkeypatch.setattr(sys, "stdin", Piped(piped))
+    refused(run("generate", *arguments), 2, words)
+
+
+def test_an_answer_is_not_lost_to_a_terminal_without_its_letters(folder):
+    """In processes of their own, with an encoding that has no letter of the answer; `python -m jaxllm` is the command too."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    more = ["generate", "-", "--model", folder, "--load-format", "dummy", "--max-tokens", "8", "--temperature", "3", "--ignore-eos"]
+    outputs = []
+    for form in ("text", "json"):
+        process = subprocess.run([sys.executable, "-m", "jaxllm", *more, "--format", form], input="é".encode(), capture_output=True, env=environment, timeout=100)
+        assert process.returncode == 0 and process.stderr == b""
+        outputs.append(process.stdout.decode("ascii"))
+    row = json.loads(outputs[1])
+    assert row["prompt"] == "é" and outputs[0].rstrip("\n") == row["outputs"][0]["text"].encode("ascii", "backslashreplace").decode().rstrip("\n")
+
+
 def test_half_a_model_is_refused_by_what_is_missing(run, tmp_path, folder):
     (tmp_path / "config.json").write_text((Path(folder) / "config.json").read_text())
     refused(run("generate", "x", "--model", str(tmp_path)), 1, str(tmp_path))
@@ -150,6 +216,19 @@ def test_a_record_is_verified_in_any_company_and_a_changed_bit_is_found(run, log
     log.write_text("".join(json.dumps(r) + "\n" for r in rows))
     status, out, _ = run("verify", str(log))
     assert status == 1 and "line 2, choice 0, token 2" in out
+
+
+def test_a_log_that_cannot_be_written_is_said_at_once_and_costs_no_answer(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxllm.llm.LLM.__init__", lambda *a, **k: pytest.fail("the model was loaded"))
+        refused(run("generate", "x", "--record", str(tmp_path)), 2, f"cannot write the log {tmp_path}")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("jaxllm.record.entry", full)
+    status, out, err = run("generate", "x", "--max-tokens", "2", "--format", "json", "--record", str(tmp_path / "log"))
+    assert status == 2 and "No space left" in err and err.count("\n") == 1
+    assert len(json.loads(out)["outputs"][0]["token_ids"]) == 2 and json.loads(out)["outputs"][0]["logprobs"] is None
 
 
 def test_another_fingerprint_is_said_and_compared_all_the_same(run, log):

@@ -3,6 +3,7 @@ import datetime
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,6 +40,90 @@ def test_every_form_of_a_prompt_gives_the_same_answer(llm):
     assert all(len(o) == 1 and o[0].outputs[0].token_ids == outputs[0][0].outputs[0].token_ids for o in outputs)
     assert outputs[0][0].prompt == "hello" and outputs[3][0].prompt is None
     assert outputs[0][0].prompt_token_ids == ids and outputs[0][0].finished
+
+
+def test_arrays_are_token_ids_and_bytes_are_not(llm):
+    ids = llm.get_tokenizer().encode("hello")
+    want = llm.generate(ids, greedy())[0].outputs[0].token_ids
+    arrays = [np.array(ids), np.array(ids, np.uint8), jnp.array(ids)]
+    forms = [*arrays, *({"prompt_token_ids": a} for a in arrays), [np.int64(i) for i in ids], list(jnp.array(ids)), tuple(ids), [np.array(ids)],
+             np.array([ids]), jnp.array([ids]), (p for p in ["hello"])]
+    for form in forms:
+        out, = llm.generate(form, greedy())
+        assert out.outputs[0].token_ids == want and all(type(i) is int for i in out.prompt_token_ids), form
+    for form in (b"hello", [b"hello"], bytearray(b"hello"), np.array([1.5]), np.array([True]), [1, "a"], [[1, "a"]], {"prompt_token_ids": "ab"},
+                 {"prompt_token_ids": {1: 2}}, np.zeros((1, 1, 1), int), [None], None, 3, object(), {"prompt": b"a"}):
+        with pytest.raises(UsageError):
+            llm.generate(form, greedy())
+
+
+def test_parameters_may_be_arrays_and_are_pythons_own_afterwards(llm):
+    params = SamplingParams(allowed_token_ids=np.array([5, 6]), stop_token_ids=jnp.array([7, 7]), temperature=np.float32(0.5), n=np.int64(2),
+                            top_k=jnp.array(3), logit_bias={np.int64(5): np.float32(1), "6": 2}, seed=np.uint32(7), max_tokens=np.int32(3), ignore_eos=np.bool_(True))
+    assert params == SamplingParams(allowed_token_ids=[5, 6], stop_token_ids=[7], temperature=0.5, n=2, top_k=3, logit_bias={5: 1.0, 6: 2.0},
+                                    seed=7, max_tokens=3, ignore_eos=True)
+    assert {type(v) for v in (params.n, params.seed, params.top_k, *params.allowed_token_ids, *params.logit_bias)} == {int}
+    assert {t for o in llm.generate("a", params)[0].outputs for t in o.token_ids} <= {5, 6}
+    with pytest.raises(UsageError, match="sampling_params is a dict"):
+        llm.generate(["a"], {"max_tokens": 1})
+    with pytest.raises(UsageError, match="sampling_params"):
+        llm.generate(["a"], ["x"])
+
+
+def test_parameters_can_be_changed_and_cloned_and_are_checked_when_used(llm):
+    params = greedy(5)
+    other = params.clone()
+    other.max_tokens, other.stop = 2, ["x"]
+    assert (params.max_tokens, params.stop) == (5, [])
+    assert len(llm.generate("hello", other)[0].outputs[0].token_ids) == 2
+    other.temperature = -1
+    with pytest.raises(UsageError, match="temperature=-1"):
+        llm.generate("hello", other)
+    with pytest.raises(UsageError, match=r"sampling_params\[1\]: temperature=-1"):
+        llm.generate(["a", "b"], [params, other])
+    with pytest.raises(AttributeError):
+        params.temprature = 1
+    hot = SamplingParams(temperature=50.0, max_tokens=3, ignore_eos=True)  # above 2, as vLLM allows
+    assert len(llm.generate("hello", hot)[0].outputs[0].token_ids) == 3
+
+
+def test_text_that_is_none_is_refused_by_its_place(llm):
+    for prompt, words in ((["fine", "a\ud83d"], r"prompts\[1\]: the prompt: character 1 is U\+D83D"), ("\udcff", "character 0")):
+        with pytest.raises(UsageError, match=words):
+            llm.generate(prompt, greedy())
+    for fields in (dict(bad_words=["\ud83d"]), dict(stop=["ab\ud83d"])):
+        with pytest.raises(UsageError, match="U\\+D83D"):
+            SamplingParams(**fields)
+    with pytest.raises(UsageError, match="surrogate"):
+        llm.chat([{"role": "user", "content": "\ud83d"}], greedy(), chat_template="{{ messages[0].content }}")
+
+
+def test_an_error_about_one_of_many_names_which(llm):
+    for prompts, words in ((["a", "x" * 300], r"prompts\[1\]: .*300 tokens"), ([[1], [2], [VOCAB]], r"prompts\[2\]: "), (["a", 3], r"prompts\[1\]: ")):
+        with pytest.raises(UsageError, match=words):
+            llm.generate(prompts, greedy())
+    with pytest.raises(UsageError, match=r"prompts\[1\]: stop_token_ids"):
+        llm.generate(["a", "b"], [greedy(), greedy(stop_token_ids=[VOCAB])])
+    with pytest.raises(UsageError, match=r"messages\[1\]: messages\[0\]"):
+        llm.chat([[{"role": "user", "content": "a"}], [{"content": "a"}]], greedy(), chat_template="x")
+
+
+def test_an_end_token_has_no_stop_reason_and_a_stop_token_has(folder, llm):
+    def end(llm, **more):
+        out = llm.generate("hello", SamplingParams(max_tokens=4, temperature=0, logit_bias={256: 100}, **more))[0].outputs[0]
+        return out.token_ids, out.finish_reason, out.stop_reason
+    assert end(llm) == ([256], "stop", None)
+    assert end(llm, stop_token_ids=[256], ignore_eos=True) == ([256], "stop", 256)
+    assert end(llm, ignore_eos=True) == ([256] * 4, "length", None)
+    with LLM(folder, load_format="dummy", max_num_seqs=2, max_num_batched_tokens=16, hf_overrides={"eos_token_id": 7}) as other:
+        assert end(other) == ([256], "stop", None)  # the tokenizer's, beside that of config.json
+        assert other.generate("a", SamplingParams(logit_bias={7: 100}))[0].outputs[0].token_ids == [7]
+
+
+@pytest.mark.parametrize("dtype, name", [("half", "float16"), ("float", "float32"), (jnp.bfloat16, "bfloat16"), (np.dtype("float32"), "float32"), (np.float16, "float16")])
+def test_dtypes_have_several_names(folder, dtype, name):
+    with LLM(folder, load_format="dummy", max_num_seqs=2, max_num_batched_tokens=16, dtype=dtype) as llm:
+        assert str(llm.params.embedding.dtype) == name
 
 
 def test_results_come_in_the_order_of_the_prompts_whoever_ends_first(llm):
@@ -85,6 +170,13 @@ def test_choices_differ_and_the_seed_replays_them(llm):
     assert [o.token_ids for o in replay.outputs] == [o.token_ids for o in second.outputs]
 
 
+def test_choices_of_a_seeded_request_and_unseeded_requests_of_a_call_differ(llm):
+    drawn = SamplingParams(max_tokens=8, n=8, temperature=1.0, ignore_eos=True, seed=3)
+    assert len({tuple(o.token_ids) for o in llm.generate("hello", drawn)[0].outputs}) == 8
+    outputs = llm.generate(["hello"] * 8, SamplingParams(max_tokens=8, temperature=1.0, ignore_eos=True))
+    assert len({tuple(o.outputs[0].token_ids) for o in outputs}) == len({o.seed for o in outputs}) == 8
+
+
 def test_a_stop_text_ends_the_choice_and_is_cut_off(llm):
     text = llm.generate("hello", letters(llm, 12))[0].outputs[0].text
     stop = text[5:7]
@@ -92,6 +184,9 @@ def test_a_stop_text_ends_the_choice_and_is_cut_off(llm):
     assert out.text == text[:text.index(stop)] and out.finish_reason == "stop" and out.stop_reason == stop
     kept = llm.generate("hello", letters(llm, 12, stop=[stop], include_stop_str_in_output=True))[0].outputs[0]
     assert kept.text == text[:text.index(stop)] + stop
+    for stop in (text[:2], text[1:4], text[3:5]):  # found though a longer stop text than the text so far is on the list
+        kept = llm.generate("hello", letters(llm, 12, stop=[stop, "a text that never comes"], include_stop_str_in_output=True))[0].outputs[0]
+        assert (kept.text, kept.stop_reason) == (text[:text.index(stop)] + stop, stop)
 
 
 def test_a_stop_token_ends_the_choice_and_is_not_part_of_the_text(llm):
@@ -220,6 +315,16 @@ def test_chat_needs_a_template_and_messages(llm):
         llm.chat([])
 
 
+def test_chat_takes_parts_documents_and_several_conversations_and_bounds_the_template(llm):
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}|{% endfor %}{% endfor %}{{ documents[0].title }}{{ mood }}"
+    talk = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    more = {"chat_template": template, "chat_template_kwargs": {"documents": [{"title": "T"}], "mood": "!"}}
+    outputs = llm.chat([talk, talk], greedy(1), **more)
+    assert [llm.get_tokenizer().decode(o.prompt_token_ids) for o in outputs] == ["a|b|T!"] * 2
+    with pytest.raises(CapacityError, match="chat template"):
+        llm.chat(talk, greedy(1), chat_template="{{ 'a' * 2000000000 }}")
+
+
 @pytest.mark.parametrize("prompt,message", [("", "empty"), ([], None), ({"prompt_token_ids": []}, "empty"), ([VOCAB], "0 to 299"),
                                             ({"text": "x"}, "prompt_token_ids"), ("x" * 300, "300 tokens"), (3.5, None)])
 def test_a_prompt_that_cannot_run_is_refused(llm, prompt, message):
@@ -241,7 +346,7 @@ def test_one_bad_prompt_stops_the_call_before_any_work(llm):
 
 
 @pytest.mark.parametrize("fields", [
-    dict(n=0), dict(temperature=-1), dict(temperature=float("nan")), dict(temperature=3), dict(top_p=0), dict(top_p=1.1), dict(top_k=-2),
+    dict(n=0), dict(temperature=-1), dict(temperature=float("nan")), dict(temperature=float("inf")), dict(top_p=0), dict(top_p=1.1), dict(top_k=-2),
     dict(min_p=2), dict(max_tokens=0), dict(min_tokens=5, max_tokens=2), dict(repetition_penalty=0), dict(presence_penalty=3),
     dict(frequency_penalty=-3), dict(stop=[""]), dict(logprobs=-2), dict(seed=2**63), dict(n=2, temperature=0), dict(allowed_token_ids=[]),
     dict(logit_bias={"x": 1}), dict(stop="x", detokenize=False), dict(n=True), dict(top_k=1.5)])

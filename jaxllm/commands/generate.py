@@ -4,7 +4,7 @@ import json
 import sys
 
 from jaxllm.commands.options import add_model_options, make_llm
-from jaxllm.errors import UsageError
+from jaxllm.errors import JaxllmError, UsageError, about
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -21,7 +21,7 @@ def add_parser(commands, common) -> None:
     """Adds the command to the parser."""
     p = commands.add_parser("generate", parents=[common], allow_abbrev=False, help="write on from a prompt",
                             description="Write on from one prompt or many. Sampling defaults are the model's own.")
-    p.add_argument("prompts", nargs="*", metavar="PROMPT")
+    p.add_argument("prompts", nargs="*", metavar="PROMPT", help="-, or none with something piped in: standard input is the prompt")
     p.add_argument("--prompts-file", metavar="F.jsonl|-", help="one JSON text or object with 'prompt' and sampling fields on each line")
     group = p.add_argument_group("sampling")
     for name, (kind, metavar, text) in SAMPLING.items():
@@ -40,15 +40,12 @@ def add_parser(commands, common) -> None:
 
 def run_generate(args) -> int:
     """`jaxllm generate`."""
-    from jaxllm.prompts import PromptLine, read_prompts, sampling_of
+    from jaxllm.prompts import read_arguments, read_prompts, sampling_of
     from jaxllm.sampling_params import SamplingParams
     from jaxllm.text.chat import read_date
     if args.prompts_file and args.prompts:
         raise UsageError("both PROMPT and --prompts-file are given; give one of them")
-    if args.prompts_file:
-        lines = read_prompts(args.prompts_file)
-    else:
-        lines = [PromptLine(text, None, {}, f"prompt {i}") for i, text in enumerate(args.prompts, 1)]
+    lines = read_prompts(args.prompts_file) if args.prompts_file else read_arguments(args.prompts)
     if not lines:
         raise UsageError('no prompt; give one, as in: jaxllm generate "Once upon a time", or --prompts-file')
     if any(line.prompt == "" for line in lines):
@@ -62,6 +59,8 @@ def run_generate(args) -> int:
     given = {name: value for name, value in given.items() if value is not None}
     for line in lines:
         sampling_of(line, given)  # every line is checked before the model is loaded
+    if args.record:
+        _check_log(args.record)
     with make_llm(args, seed=args.seed) as llm:
         own = llm.own_sampling()
         common = {"max_tokens": DEFAULT_MAX_TOKENS} | own | given
@@ -70,23 +69,41 @@ def run_generate(args) -> int:
         except UsageError as e:
             raise UsageError(f"{e} (the model's generation_config.json says so)", e.param) if e.param in own and e.param not in given else e
         prompts, dates = zip(*[_prompt_of(llm, line, now) for line in lines])
-        stream = _Streamer(args.prompts) if len(lines) == 1 and params[0].n == 1 and args.format == "text" and sys.stdout.isatty() else None
+        stream = _Streamer(lines[0].prompt) if len(lines) == 1 and params[0].n == 1 and args.format == "text" and sys.stdout.isatty() else None
         asked = params
         if args.record:  # a record holds logprobs whether they were asked for or not
             params = [dataclasses.replace(p, logprobs=p.logprobs or 0, logits_digest=p.logits_digest or args.record_logits) for p in params]
-        results = llm.generate(list(prompts), params, use_tqdm=stream is None and sys.stderr.isatty(), on_delta=stream)
+        try:
+            results = llm.generate(list(prompts), params, use_tqdm=stream is None and sys.stderr.isatty(), on_delta=stream)
+        except JaxllmError as e:
+            e.where = e.where if e.index is None else lines[e.index].where
+            raise
         for result, date in zip(results, dates, strict=True):
             result.chat_date = date
-        if args.record:
-            _record(args.record, llm, asked, results)
-        if stream is not None:
-            stream.end()
-        elif args.format == "json":
-            for index, result in enumerate(results):
-                print(json.dumps(as_json(index, result), ensure_ascii=False))
-        else:
-            _print_texts(results)
+        try:
+            if args.record:
+                _record(args.record, llm, asked, results)
+        finally:  # no answer is lost to a log that cannot be written
+            _print(args.format, results, stream)
     return 0
+
+
+def _print(form: str, results, stream) -> None:
+    if stream is not None:
+        stream.end()
+    elif form == "json":
+        escaped = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+        for index, result in enumerate(results):
+            print(json.dumps(as_json(index, result), ensure_ascii=escaped))
+    else:
+        _print_texts(results)
+
+
+def _check_log(path: str) -> None:
+    try:
+        open(path, "a").close()
+    except OSError as e:
+        raise UsageError(f"cannot write the log {path}: {e.strerror}") from e
 
 
 def _record(path: str, llm, asked, results) -> None:
@@ -98,27 +115,29 @@ def _record(path: str, llm, asked, results) -> None:
                 log.write(json.dumps(entry(index, llm, params, result)) + "\n")
     except OSError as e:
         raise UsageError(f"cannot write the log {path}: {e.strerror}") from e
-    for params, result in zip(asked, results, strict=True):
-        for output in result.outputs:
-            if params.logprobs is None:
-                output.logprobs = output.cumulative_logprob = None
-            if not params.logits_digest:
-                output.logits_digests = None
+    finally:
+        for params, result in zip(asked, results, strict=True):
+            for output in result.outputs:
+                if params.logprobs is None:
+                    output.logprobs = output.cumulative_logprob = None
+                if not params.logits_digest:
+                    output.logits_digests = None
 
 
 def _prompt_of(llm, line, now):
     """(prompt, the date that its chat template read or None) of a line."""
     if line.messages is None:
         return line.prompt, None
-    ids, date = llm.get_tokenizer().chat_prompt(line.messages, chat_date=now)
+    with about(line.where):
+        ids, date = llm.get_tokenizer().chat_prompt(line.messages, chat_date=now)
     return {"prompt_token_ids": ids}, date
 
 
 class _Streamer:
     """Writes new text to the terminal as it comes, after the prompt (on standard error: it is not a result)."""
 
-    def __init__(self, prompts):
-        self._prompt = prompts[0] if prompts else ""
+    def __init__(self, prompt):
+        self._prompt = prompt if isinstance(prompt, str) else ""
 
     def __call__(self, output, choice, delta):
         if self._prompt:

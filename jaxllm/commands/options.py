@@ -19,7 +19,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR|HF-ID|builtin:NAME", help="default: %(default)s")
     group.add_argument("--tokenizer", metavar="DIR", help="default: the model's")
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: the checkpoint's own")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "float", "bfloat16", "float16", "half"], help="default: the checkpoint's own")
     group.add_argument("--load-format", default="auto", choices=["auto", "safetensors", "pt", "npz", "orbax", "dummy"],
                        help="dummy: random weights from config.json alone")
     group.add_argument("--pt-load-map-location", type=_map_location, default="cpu", metavar="DEVICE|JSON",

@@ -5,7 +5,7 @@ from jaxllm.checkpoint.mapped import brief
 from jaxllm.checkpoint.rules import Ignore, Rule
 from jaxllm.config import LayerSpec, ModelConfig
 from jaxllm.errors import UnsupportedError
-from jaxllm.fields import token_ids
+from jaxllm.fields import known_ids
 from jaxllm.layers.rope import rope_spec
 from jaxllm.models.registry import architecture
 
@@ -115,7 +115,7 @@ def llama_like(config: dict, max_model_len: int | None, *, windows: tuple[int | 
         log.warning("config.json: rope_scaling replaces rope_parameters, as in transformers, so rope_theta is %s and not %s",
                     parameters["rope_theta"], brief(said))
     vocab_size = field(config, "vocab_size")
-    ids = {name: token_ids(config.get(f"{name}_token_id"), f"{name}_token_id", vocab_size, "config.json") for name in ("bos", "eos", "pad")}
+    ids = {name: known_ids(config.get(f"{name}_token_id"), f"{name}_token_id", vocab_size, "config.json") for name in ("bos", "eos", "pad")}
     return ModelConfig(
         architecture=architecture(config), vocab_size=vocab_size, width=width,
         mlp_width=field(config, "intermediate_size"), num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,

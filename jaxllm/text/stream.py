@@ -84,7 +84,7 @@ class TextStream:
         ready = text[len(self._tail):len(text) - hold]
         self._held = text[len(text) - hold:] if hold else ""
         if self._include:
-            self._tail = text[len(text) - self._reach:] if self._reach else ""
+            self._tail = text[max(0, len(text) - self._reach):]
         return ready
 
 

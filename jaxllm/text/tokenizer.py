@@ -8,20 +8,19 @@ import datetime
 import functools
 import hashlib
 import importlib.util
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken
 
 from jaxllm.errors import CheckpointError, UnsupportedError, UsageError
-from jaxllm.text.chat import messages_for_template, pick_template, read_date, read_templates, render
+from jaxllm.text.chat import messages_for_template, pick_template, plain, read_date, read_templates, render
+from jaxllm.text.settings import NAMED, add_tokens, follow_class, one_line, read_json, read_settings
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
          "spiece.model", "tekken.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json")
 OLDER = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.json", "vocab.txt")
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -61,7 +60,11 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the begin and end tokens that the tokenizer's own rules add."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as e:  # what it says of a lone surrogate, of all things
+            raise UsageError(f"the text is not one: {type(text).__name__} with half of a surrogate pair" if isinstance(text, str)
+                             else f"a text is a {type(text).__name__}", "prompt") from e
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids that the tokenizer does not know give nothing."""
@@ -71,12 +74,12 @@ class Tokenizer:
         """The text of one token alone, as logprobs show it: U+FFFD where it holds part of a character."""
         return self.backend.decode([token_id], skip_special_tokens=False)
 
-    def apply_chat(self, messages: Sequence[dict], **options) -> list[int]:
+    def apply_chat(self, conversation: Sequence[dict], /, **options) -> list[int]:
         """Token ids of a conversation; see `chat_prompt` for the options."""
-        return self.chat_prompt(messages, **options)[0]
+        return self.chat_prompt(conversation, **options)[0]
 
-    def chat_prompt(self, messages: Sequence[dict], /, *, chat_template: str | None = None, add_generation_prompt: bool = True,
-                    continue_final_message: bool = False, tools: list[dict] | None = None,
+    def chat_prompt(self, conversation: Sequence[dict], /, *, chat_template: str | None = None, add_generation_prompt: bool = True,
+                    continue_final_message: bool | str = False, tools: list[dict] | None = None, documents: list[dict] | None = None,
                     chat_date: str | datetime.date | None = None, **kwargs) -> tuple[list[int], str | None]:
         """Token ids of a conversation through the chat template, which itself writes the begin token where there is one.
 
@@ -87,11 +90,23 @@ class Tokenizer:
         if add_generation_prompt and continue_final_message:
             raise UsageError("add_generation_prompt and continue_final_message exclude each other; "
                              "to continue the last message, pass add_generation_prompt=False", "continue_final_message")
-        messages = messages_for_template(messages)
-        template = pick_template(self.templates, chat_template, bool(tools), self.name)
-        now = read_date(chat_date)
+        for name, given in (("tools", tools), ("documents", documents)):
+            if given is not None and not (isinstance(given, (list, tuple)) and all(isinstance(each, Mapping) for each in given)):
+                kinds = sorted({type(each).__name__ for each in given}) if isinstance(given, (list, tuple)) else [type(given).__name__]
+                raise UsageError(f"{name} holds {', '.join(kinds)}; it must be a list of objects" +
+                                 (" (the JSON schema of each function)" if name == "tools" else ""), name)
+        if "messages" in kwargs:
+            raise UsageError("chat_template_kwargs holds 'messages'; the conversation is the first argument", "chat_template_kwargs")
+        own = {name: kwargs.pop(name) for name in list(kwargs) if callable(kwargs[name])}  # the caller's functions, such as a strftime_now
+        try:
+            messages = messages_for_template(conversation)
+            variables = {**self.special, "documents": plain(documents, "documents"), **plain(kwargs, "chat_template_kwargs"), **own}
+            tools = plain(tools, "tools")
+        except RecursionError:
+            raise UsageError("the conversation is nested too deeply; messages, tools and documents are a few levels deep", "messages") from None
+        template, now = pick_template(self.templates, chat_template, tools is not None, self.name), read_date(chat_date)
         text, dated = render(template, messages, add_generation_prompt=add_generation_prompt, tools=tools, now=now,
-                             continue_final_message=continue_final_message, variables={**self.special, **kwargs})
+                             continue_final_message=continue_final_message, variables=variables)
         return self.encode(text, add_special_tokens=False), now.isoformat() if dated else None
 
     def fingerprint(self) -> str:
@@ -120,37 +135,20 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         if folder.exists():
             raise CheckpointError(f"{folder} is a file; a tokenizer is read from the folder that holds tokenizer.json")
         folder = _download(str(path_or_id))
-    config = _read_json(folder / "tokenizer_config.json")
     file = folder / "tokenizer.json"
+    config = read_json(folder / "tokenizer_config.json")
     if file.is_file():
         backend = _read_backend(file)
+        settings = read_settings(folder, config, backend)
+        backend, special = follow_class(backend, settings), settings.special
+        backend.encode_special_tokens = bool(config.get("split_special_tokens"))
+        add_tokens(backend, settings)
     else:
-        backend = _convert_older(folder)
+        backend, special = _convert_older(folder)
     backend.no_truncation()
     backend.no_padding()
-    special = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
-    if not file.is_file():
-        special = {**_customary(backend), **special}
-    _add_configured_tokens(backend, config, special)
     files = tuple(sorted(f for f in (folder / name for name in FILES) if f.is_file()))
     return Tokenizer(backend, special=special, templates=read_templates(folder, config), files=files, name=str(path_or_id))
-
-
-def _read_json(file: Path) -> dict:
-    """The object in a JSON file, {} when there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{file} is not readable as JSON: {_one_line(e)}; fetch the file again") from e
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, an object is needed; fetch the file again")
-    return content
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
@@ -164,11 +162,11 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(content)
     except Exception as e:  # the Rust side raises bare Exception
-        raise CheckpointError(f"{file} ({len(content)} bytes) is not a tokenizer: {_one_line(e)}; fetch the file again") from e
+        raise CheckpointError(f"{file} ({len(content)} bytes) is not a tokenizer: {one_line(e)}; fetch the file again") from e
 
 
-def _convert_older(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a folder without tokenizer.json, through transformers."""
+def _convert_older(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """The tokenizer of a folder without tokenizer.json, through transformers, and its named tokens."""
     found = [name for name in OLDER if (folder / name).is_file()]
     if not found:
         raise CheckpointError(f"{folder} has no tokenizer: looked for tokenizer.json, {', '.join(OLDER)}; copy the tokenizer's "
@@ -180,7 +178,7 @@ def _convert_older(folder: Path) -> tokenizers.Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises ValueError, OSError, ImportError and KeyError for a damaged file
-        raise CheckpointError(f"{folder / found[0]} could not be read as a tokenizer: {_one_line(e)}; "
+        raise CheckpointError(f"{folder / found[0]} could not be read as a tokenizer: {one_line(e)}; "
                               "put a tokenizer.json beside it") from e
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
@@ -189,7 +187,7 @@ def _convert_older(folder: Path) -> tokenizers.Tokenizer:
     for name in NAMED:
         if getattr(loaded, name, None):
             backend.add_special_tokens([getattr(loaded, name)])
-    return backend
+    return backend, {**_customary(backend), **loaded.special_tokens_map}
 
 
 def _customary(backend: tokenizers.Tokenizer) -> dict[str, str]:
@@ -207,34 +205,4 @@ def _download(model_id: str) -> Path:
         return Path(snapshot_download(model_id, allow_patterns=[*FILES, "additional_chat_templates/*", "config.json"]))
     except Exception as e:  # huggingface_hub raises its own, httpx's and ValueError
         raise CheckpointError(f"{model_id} is not a folder here, and fetching it from the Hugging Face hub failed: "
-                              f"{_one_line(e)}; check the name, the network and your token, or give a folder") from e
-
-
-def _special_tokens(*configs: dict) -> dict[str, str]:
-    """{"bos_token": "<s>", ...} from tokenizer_config.json and special_tokens_map.json, the first to name one wins."""
-    found = {}
-    for config in configs:
-        for name in NAMED:
-            value = config.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str) and value and name not in found:
-                found[name] = value
-    return found
-
-
-def _add_configured_tokens(backend: tokenizers.Tokenizer, config: dict, special: dict[str, str]) -> None:
-    """None; tokens that only tokenizer_config.json names are added, and named special tokens are marked as such."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    declared = config.get("added_tokens_decoder") or {}
-    for _, token in sorted(declared.items(), key=lambda item: int(item[0])):
-        if token["content"] not in known:
-            flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
-            backend.add_tokens([AddedToken(token["content"], special=token.get("special", False), **flags)])
-            known.add(token["content"])
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    extra = list(extra.values()) if isinstance(extra, dict) else extra
-    for value in (*special.values(), *extra):
-        content = value.get("content") if isinstance(value, dict) else value
-        marked = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        if content not in marked:
-            backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+                              f"{one_line(e)}; check the name, the network and your token, or give a folder") from e

@@ -306,10 +306,10 @@ def test_a_cluttered_folder_answers_as_the_clean_one(tmp_path, weights):
 def test_sampling_of_the_folder_is_laid_under_the_callers_before_it_is_checked(tmp_path, capsys):
     from jaxllm.cli import main
     path = tiny.make_folder(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 50.0, "top_p": 0.5, "max_new_tokens": 3, "do_sample": True}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": -1.0, "top_p": 0.5, "max_new_tokens": 3, "do_sample": True}))
     with LLM(path, load_format="dummy", max_model_len=32, max_num_seqs=2) as llm:
-        assert llm.own_sampling() == {"temperature": 50.0, "top_p": 0.5, "max_tokens": 3}
-        with pytest.raises(UsageError, match=f"{path}/generation_config.json: temperature=50.0") as caught:
+        assert llm.own_sampling() == {"temperature": -1.0, "top_p": 0.5, "max_tokens": 3}
+        with pytest.raises(UsageError, match=f"{path}/generation_config.json: temperature=-1.0") as caught:
             llm.generate("a")
         assert caught.value.param == "temperature"
     options = ["generate", "a", "--model", path, "--load-format", "dummy", "--max-model-len", "32", "--max-num-seqs", "2"]

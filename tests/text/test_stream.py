@@ -2,7 +2,9 @@ import random
 
 import pytest
 from makers import MAKERS, SPECIAL, save
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from jaxllm.text import tokenizer as text_tokenizer
 from jaxllm.text.stream import TextStream
 from jaxllm.text.tokenizer import load_tokenizer
 
@@ -133,20 +135,57 @@ def test_stop_inside_the_first_min_tokens_does_not_count(byte_level):
     assert "".join(deltas(stream, ids)) == "x y x " and stream.tokens_used == len(ids)
 
 
+@pytest.mark.parametrize("include", [True, False])
 @pytest.mark.parametrize("size", [1, 3])
-def test_random_stops_cut_as_a_search_in_the_whole_text_does(tokenizer, size):
+def test_random_stops_cut_as_a_search_in_the_whole_text_does(tokenizer, size, include):
     for seed in range(200):
         draw = random.Random(seed)
         ids = [draw.randrange(len(SPECIAL), tokenizer.vocab_size) for _ in range(30)]
         whole = tokenizer.decode(ids)
         stops = [whole[i:i + draw.randrange(1, 8)] for i in (draw.randrange(len(whole)) for _ in range(3))] + ["never there"]
         ends = [(whole.find(s) + len(s), whole.find(s), s) for s in stops if s in whole]
-        _, start, stop = min(ends)
-        stream = TextStream(tokenizer, stop=stops)
+        end, start, stop = min(ends)
+        stream = TextStream(tokenizer, stop=stops, include_stop_str_in_output=include)
         parts = deltas(stream, ids, size)
-        assert ("".join(parts), stream.stopped_by) == (whole[:start], stop), f"seed {seed}"
+        assert ("".join(parts), stream.stopped_by) == (whole[:end if include else start], stop), f"seed {seed}"
         used = tokenizer.decode(ids[:stream.tokens_used])
         assert stop in used or "\ufffd" in used, f"seed {seed}"
+
+
+def cut_at_a_stop(pieces, stops, include, min_tokens):
+    """(text, stop, tokens used) by searching the text so far after each piece: the stop that ends first, of two the longer."""
+    text = ""
+    for count, piece in enumerate(pieces, 1):
+        known, text = len(text), text + piece
+        ends = [(at + len(stop), at, stop) for stop in stops for at in range(len(text))
+                if text.startswith(stop, at) and at + len(stop) > known and count > min_tokens]
+        if ends:
+            end, at, stop = min(ends)
+            return text[:end if include else at], stop, count
+    return text, None, len(pieces)
+
+
+@pytest.mark.parametrize("include", [True, False])
+def test_any_cut_into_tokens_stops_where_a_search_in_the_text_does(include):
+    """Few letters, so that stops overlap each other, themselves and the joints between tokens."""
+    spelled = ["a", "b", "é", "ab", "ba", "aé", "éab", "baa", "abab", "éé"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    as_bytes = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0] for text in spelled]
+    vocabulary = list(dict.fromkeys([*as_bytes, *letters]))
+    backend = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(vocabulary)}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = text_tokenizer.Tokenizer(backend, special={}, templates={}, files=(), name="few letters")
+    draw = random.Random(1)
+    for trial in range(2000):
+        ids = [draw.randrange(len(spelled)) for _ in range(draw.randint(1, 12))]
+        pieces = [spelled[i] for i in ids]
+        stops = ["".join(draw.choices("abé", k=draw.randint(1, 7))) for _ in range(draw.randint(1, 3))]
+        min_tokens = draw.choice([0, 0, 0, 1, 2, 5])
+        stream = TextStream(tokenizer, stop=stops, include_stop_str_in_output=include, min_tokens=min_tokens)
+        parts = deltas(stream, ids, draw.randint(1, 4))
+        found = (stream.text, stream.stopped_by, stream.tokens_used)
+        assert found == cut_at_a_stop(pieces, stops, include, min_tokens), f"trial {trial}: {pieces} {stops} {min_tokens}"
+        assert "".join(parts) == stream.text
 
 
 def test_special_tokens_are_left_out_or_shown(tokenizer):
