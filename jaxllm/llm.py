@@ -5,9 +5,9 @@
     print(llm.generate("Once upon a time", SamplingParams(max_tokens=50))[0].outputs[0].text)
 """
 import dataclasses
+import inspect
 import itertools
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -114,7 +114,7 @@ class LLM:
                 raise UnsupportedError(f"reproducible=\"strict\", and on this machine the bits of {'; '.join(self.unproven)} depend on the "
                                        "batch; use another dtype or kernels, or reproducible=True to run with that said in every answer")
         self._named: tuple[fingerprints.Origin | None, dict[str, str]] = None, {}  # weights, and the parts of their fingerprint
-        self._calls, self._callers = itertools.count(), set()  # threads inside `generate`
+        self._calls = itertools.count()
 
     def _forms(self, device, dtype: str, reproducible: bool, portable: bool, facts: machine.Facts):
         """The forms of the model's products on a CPU; assumed where nothing is promised, and on a card, whose kernels have none."""
@@ -282,10 +282,8 @@ class LLM:
                 yield spaced
 
     def _run(self, prompts, sampling_params, use_tqdm, on_delta) -> list[RequestOutput]:
-        if self.params is None:
-            raise UsageError("this LLM is closed; make a new one")
-        caller = threading.get_ident()
-        if caller in self._callers:
+        self._engine.ready()
+        if self._calling():
             raise UsageError("generate or chat was called by the on_delta of a call to the same LLM; return from it first, or call from "
                              "another thread", "on_delta")
         params = self._params(sampling_params, len(prompts))
@@ -299,7 +297,6 @@ class LLM:
         order = list(lives.values())
         show = None
         try:
-            self._callers.add(caller)
             with self._engine.lock:  # once they run, nobody changes the weights
                 inbox, parts = self._engine.add(*[live.request for live in order]), self._lasting_parts()
             show = _progress(len(order)) if use_tqdm and order else None
@@ -319,7 +316,6 @@ class LLM:
                         if show is not None:
                             show.request()
         finally:
-            self._callers.discard(caller)
             self._engine.abort(lives)  # interrupted: nothing of this call stays behind
             if show is not None:
                 show.close()
@@ -327,6 +323,13 @@ class LLM:
         for live in order:
             live.output.system_fingerprint, live.output.reproducible = fingerprint, reproducible
         return [live.output for live in order]
+
+    def _calling(self) -> bool:
+        """Whether this thread is inside a call already. Read off its stack, so that no interrupt can leave a wrong answer behind."""
+        frame = inspect.currentframe().f_back.f_back
+        while frame and not (frame.f_code is LLM._run.__code__ and frame.f_locals["self"] is self):
+            frame = frame.f_back
+        return frame is not None
 
     def _params(self, given, count: int) -> list[SamplingParams]:
         if given is None:

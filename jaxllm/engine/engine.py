@@ -86,11 +86,17 @@ class Engine:
                 self.runner.renew()
             self.broken = None
 
-    def _ready(self) -> None:
+    def _open(self) -> None:
         """Raises UsageError once the engine is closed; else it is whole."""
         if self.runner.params is None:
             raise UsageError("this LLM is closed; make a new one")
         self._mend()
+
+    def ready(self) -> None:
+        """Raises UsageError when it is closed, or others have deleted its weights."""
+        with self.lock:
+            self._open()
+            check_held(self.runner.params)
 
     def _end_all(self, why: str) -> None:
         for inbox in self.inboxes.values():
@@ -103,8 +109,7 @@ class Engine:
     def add(self, *requests: Request) -> Inbox:
         """The requests join the line, all or none: where their news come. Raises UsageError when one could never run."""
         with self.lock:
-            self._ready()
-            check_held(self.runner.params)
+            self.ready()
             for request in requests:
                 self.check(request)
             with self._transaction():
@@ -222,7 +227,7 @@ class Engine:
     def update_params(self, params, origin) -> None:
         """Serves other weights of the same shapes; what was cached of the old ones is forgotten. UsageError while requests run."""
         with self.lock:
-            self._ready()
+            self._open()
             if self.busy:
                 raise UsageError("requests are running; update the weights between calls", "params")
             with self._transaction():
@@ -232,7 +237,7 @@ class Engine:
     def warmup(self) -> int:
         """Compiles the programs of every step shape; the number of programs there are now."""
         with self.lock:
-            self._ready()
+            self._open()
             with self._transaction():
                 return self.runner.warmup()
 
