@@ -1,7 +1,6 @@
 """A request whose next token cannot be drawn ends alone, with finish_reason "error" and why; its neighbours keep their bits."""
 import dataclasses
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -45,14 +44,14 @@ def faulty(llm):
     """{what is wrong: (prompt, params, tokens before the error, words of it)}."""
     third = llm.generate("abc", greedy())[0].outputs[0].token_ids[2]
     return {
-        "bad word": ("abc", greedy(allowed_token_ids=[65], bad_words=["A"]), 0, ("allowed_token_ids with bad_words", "token 0 of the output")),
+        "bad word": ("abc", greedy(allowed_token_ids=[65], bad_words=["b"]), 0, ("allowed_token_ids with bad_words", "token 0 of the output")),
         "min_tokens": ("abc", SamplingParams(max_tokens=6, min_tokens=3, allowed_token_ids=[256]), 0, ("allowed_token_ids with min_tokens",)),
-        "later": ("abc", greedy(allowed_token_ids=[65], bad_words=["AAA"]), 2, ("bad_words", "token 2 of the output")),
+        "later": ("abc", greedy(allowed_token_ids=[65], bad_words=["bbb"]), 2, ("bad_words", "token 2 of the output")),
         "logits": ([1, 2, POISON, 3], greedy(), 0, ("not finite", "token 0 of the output")),
         "logits behind a mask": ([1, POISON], greedy(allowed_token_ids=[5, 6]), 0, ("not finite",)),
         "at random": ([1, POISON], SamplingParams(max_tokens=4, temperature=0.8, top_p=0.9, n=2), 0, ("not finite",)),
         "of the model's own making": ("abc", greedy(logit_bias={third: -100}, bad_words=[]), None, ()),
-        "prompt": ([1, 2, POISON, 3, 4], greedy(prompt_logprobs=2), 0, ("not finite", "token 3 of the prompt")),
+        "prompt": ([1, 2, POISON, 3, 4], greedy(prompt_logprobs=2), 0, ("not finite", "of the prompt")),
         "overflow": ("abc", greedy(repetition_penalty=1e-45, logit_bias={97: 100}), 0, ("repetition_penalty=1e-45",)),
     }
 
@@ -75,11 +74,20 @@ def test_a_request_that_cannot_go_on_ends_alone_and_says_why(llm):
     assert not llm._engine.busy and [bits(llm.generate([p], [s])[0]) for p, s in neighbours] == want
 
 
+def test_a_later_request_does_not_find_the_keys_of_one_that_failed(llm):
+    prefix = list(range(20))
+    llm.reset_prefix_cache()
+    want = bits(llm.generate([*prefix, 7], greedy())[0])
+    llm.reset_prefix_cache()
+    assert llm.generate([*prefix, POISON], greedy())[0].outputs[0].finish_reason == "error"
+    assert bits(llm.generate([*prefix, 7], greedy())[0]) == want
+
+
 def test_text_held_back_comes_with_the_error(llm):
     seen = []
-    params = greedy(allowed_token_ids=[65], bad_words=["AAA"], stop=["AAB"])
+    params = greedy(allowed_token_ids=[65], bad_words=["bbb"], stop=["bbc"])
     out = llm.generate("abc", params, on_delta=lambda o, i, delta: seen.append(delta))[0].outputs[0]
-    assert out.text == "AA" == "".join(seen) and out.finish_reason == "error"
+    assert out.text == "bb" == "".join(seen) and out.finish_reason == "error"
 
 
 def test_a_bias_of_minus_infinity_is_the_least_bias_and_leaves_tokens(llm):
@@ -100,9 +108,9 @@ def test_a_log_holds_errors_and_replays_them(llm, tmp_path):
         assert all(all(c.equal.values()) for c in replay(llm, entries, batch_size=size, kinds=("tokens", "logprobs", "logits")))
 
 
-def test_the_shell_says_it_and_writes_json(folder, tmp_path, capsys, monkeypatch):
+def test_the_shell_says_it_and_writes_json(folder, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
-    lines = [{"prompt": "hi", "allowed_token_ids": [65], "bad_words": ["A"], "logprobs": 1}, {"prompt": "hi", "logprobs": -1}]
+    lines = [{"prompt": "hi", "allowed_token_ids": [65], "bad_words": ["b"], "logprobs": 1}, {"prompt": "hi", "logprobs": 2}]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     common = ["generate", "--prompts-file", str(prompts), "--model", folder, "--load-format", "dummy", "--max-tokens", "3",
               "--compile-cache-dir", str(tmp_path), "--record", str(tmp_path / "log")]

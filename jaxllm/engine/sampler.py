@@ -96,8 +96,9 @@ def find_faults(logits: jax.Array, edited: jax.Array, likeliest: jax.Array, divi
     An argmax takes the first NaN before all else, so that the one logit it found tells of the whole row.
     """
     best = jnp.take_along_axis(edited, likeliest[:, None], 1)
-    # What a mask hides is a fault all the same. The barrier: see pallas_kernels/reference.py
-    top = best if edited is logits else lax.optimization_barrier(logits.max(-1, keepdims=True))
+    # What a mask hides is a fault all the same. On a CPU the largest of a row passes over NaN. The barrier: see pallas_kernels/reference.py
+    number = lambda x: jnp.where(jnp.isnan(x), jnp.inf, x)
+    top = best if edited is logits else lax.optimization_barrier(number(logits).max(-1, keepdims=True))
     edits = jnp.where(best == BANNED, Fault.EMPTY, jnp.where(jnp.isfinite(best / divisor), 0, Fault.OVERFLOW))
     return jnp.where(jnp.isfinite(top), edits, Fault.LOGITS)[:, 0].astype(jnp.int8)
 
