@@ -104,7 +104,6 @@ class LLM:
         log.info("kernels: %s (%s)", self.kernels.name, "; ".join(self.kernels.reasons))
         self._runner = Runner(cfg, params, self.config, self.kernels, compile_cache_dir=self._cache_dir,
                               facts=facts if reproducible else None, origin=fingerprints.Origin(self._loaded.files))
-        del params
         self._reproducible = bool(reproducible)
         self._engine = Engine(self._runner, self.config)
         if reproducible == "strict":
@@ -299,7 +298,9 @@ class LLM:
         try:
             with self._engine.lock:  # once they run, nobody changes the weights
                 inbox, parts = self._engine.add(*[live.request for live in order]), self._lasting_parts()
-            show = _progress(len(order)) if use_tqdm and order else None
+            if use_tqdm and order:
+                from jaxllm.progress import Progress
+                show = Progress(len(order))
             while lives:
                 for event in self._engine.events(inbox):
                     live = lives.get(event.request_id)
@@ -445,8 +446,3 @@ def _check_options(**options) -> None:
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
         if options[name] is not None and options[name] < 1:
             raise UsageError(f"{name}={options[name]}; it must be at least 1", name)
-
-
-def _progress(requests: int):
-    from jaxllm.progress import Progress
-    return Progress(requests)
