@@ -45,5 +45,9 @@ class UnsupportedError(JaxllmError):
     """A model, container, kernel or feature that exists in the field and is not in jaxllm, refused by name."""
 
 
+class EndedError(JaxllmError):
+    """A call whose requests were ended by something else: the engine was closed, or a step that they shared failed elsewhere."""
+
+
 class CapacityError(JaxllmError):
     """Memory or a limit that cannot hold what was asked."""

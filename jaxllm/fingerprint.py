@@ -1,6 +1,9 @@
 """`system_fingerprint`: equal fingerprints promise equal bits, and its parts say what differs (docs/reproducibility.md lists them)."""
+import dataclasses
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,6 +12,9 @@ import jax
 import numpy as np
 
 from jaxllm import machine
+from jaxllm.errors import UsageError
+
+log = logging.getLogger("jaxllm")
 
 
 def package_version() -> str:
@@ -33,10 +39,13 @@ def content_hash(files: Iterable[Path], cache: Path | None = None) -> str:
             changed = True
         out.update(f"{file.name}:{known[key]}\n".encode())
     if changed and cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(".part")
-        part.write_text(json.dumps(known))
-        part.replace(cache)
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            part = cache.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(known))
+            part.replace(cache)
+        except OSError as e:
+            log.info("the hash of the weights is not kept: %s", e)
     return out.hexdigest()
 
 
@@ -55,6 +64,29 @@ def params_hash(params) -> str:
         out.update(f"{jax.tree_util.keystr(path)}:{leaf.dtype}:{leaf.shape}".encode())
         out.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return out.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """Where weights came from: files, or a name that the caller gave them, or neither. One object for each set of weights."""
+
+    files: tuple[Path, ...] = ()
+    version: str | None = None
+
+    def hash(self, params, cache: Path | None) -> str:
+        """What the fingerprint calls the weights."""
+        if self.version is not None:
+            return self.version
+        if self.files:
+            return content_hash(self.files, cache)
+        if params is None:
+            raise UsageError("this LLM is closed and its weights were never hashed; ask for the fingerprint before")
+        return params_hash(params)
+
+
+def config_hash(cfg) -> str:
+    """A short hash of a frozen config: the shape of the model as the engine sees it."""
+    return hashlib.blake2b(repr(cfg).encode(), digest_size=8).hexdigest()
 
 
 def parts(*, dtype: str, kernels, weights: str, tokenizer: str, model: str, reproducible: str) -> dict[str, str]:

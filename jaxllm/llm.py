@@ -5,10 +5,10 @@
     print(llm.generate("Once upon a time", SamplingParams(max_tokens=50))[0].outputs[0].text)
 """
 import dataclasses
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -51,10 +51,11 @@ class _Live:
 
 
 class LLM:
-    """A model, its tokenizer and an engine. Use it from one thread; `close` or leaving a `with` block frees the device.
+    """A model, its tokenizer and an engine. Any thread may call: calls that come together run together, each as if alone.
 
     model: a folder in Hugging Face layout, a Hugging Face id, or "builtin:tales". dtype "auto" is the checkpoint's own,
     else a name ("bfloat16", "half") or a NumPy or JAX dtype.
+    `close` or leaving a `with` block frees the device.
     params: its weights, as `jaxllm.load_params` returns or another LLM's `.params`; then none are read. reproducible True: each
     program proves before it serves that a row's bits do not depend on the batch, or `unproven` and every answer say so; "strict":
     all programs are compiled and proven now, and UnsupportedError is raised if one fails; False: a request's bits may depend on its
@@ -81,12 +82,13 @@ class LLM:
         self._loaded = load_model(self.model, dtype=dtype, load_format=load_format, hf_overrides=hf_overrides,
                                   max_model_len=max_model_len, pt_load_map_location=pt_load_map_location, params=params)
         cfg, params = self._loaded.cfg, self._loaded.params
+        self._loaded = dataclasses.replace(self._loaded, params=None)  # the runner holds them, and lets them go
         self.tokenizer = None if skip_tokenizer_init else load_tokenizer(tokenizer or self._loaded.path)
         device = jax.devices()[0]
         defaults = DEFAULTS.get(device.platform, DEFAULTS["gpu"])
         tokens = max_num_batched_tokens or max(defaults["max_num_batched_tokens"], max_num_seqs or 0)
         seqs = max_num_seqs or min(defaults["max_num_seqs"], tokens)  # of two options that conflict, the engine complains
-        weight = params.embedding.dtype
+        self._dtype = weight = params.embedding.dtype
         num_pages, length = plan_cache(
             cfg, weight.itemsize, kv_cache_memory_bytes or cache_bytes(device, gpu_memory_utilization),
             max_model_len=max_model_len, max_num_seqs=seqs, page_size=page_size)
@@ -105,16 +107,16 @@ class LLM:
             raise UsageError(str(e), "kernels") from e
         log.info("kernels: %s (%s)", self.kernels.name, "; ".join(self.kernels.reasons))
         self._runner = Runner(cfg, params, self.config, self.kernels, compile_cache_dir=self._cache_dir,
-                              facts=facts if reproducible else None)
+                              facts=facts if reproducible else None, origin=fingerprints.Origin(self._loaded.files))
         self._reproducible = bool(reproducible)
+        self._engine = Engine(self._runner, self.config)
         if reproducible == "strict":
-            self._runner.warmup()
+            self.warmup()
             if self.unproven:
-                self._runner.close()
+                self.close()
                 raise UnsupportedError(f"reproducible=\"strict\", and on this machine the bits of {'; '.join(self.unproven)} depend on the "
                                        "batch; use another dtype or kernels, or reproducible=True to run with that said in every answer")
-        self._engine = Engine(self._runner, self.config)
-        self._replaced, self._version = False, None
+        self._named: tuple[fingerprints.Origin | None, dict[str, str]] = None, {}  # weights, and the parts of their fingerprint
         self._calls = itertools.count()
 
     def _forms(self, device, dtype: str, reproducible: bool, portable: bool, facts: machine.Facts):
@@ -167,20 +169,23 @@ class LLM:
     @property
     def fingerprint_parts(self) -> dict[str, str]:
         """What equal bits depend on, by name: versions, processor or card, dtype, kernels, order of sums, weights, tokenizer."""
-        said = "as asked, no" if not self._reproducible else "no: " + "; ".join(self.unproven) if self.unproven else "yes"
-        return self._lasting_parts | {"reproducible": said}
+        return self._parts_now(self._lasting_parts())
 
-    @cached_property
+    def _parts_now(self, lasting: dict[str, str]) -> dict[str, str]:
+        said = "as asked, no" if not self._reproducible else "no: " + "; ".join(self.unproven) if self.unproven else "yes"
+        return lasting | {"reproducible": said}
+
     def _lasting_parts(self) -> dict[str, str]:
-        if self._version is not None:
-            weights = self._version
-        elif self._loaded.files and not self._replaced:
-            weights = fingerprints.content_hash(self._loaded.files, self._cache_dir and self._cache_dir / "weights.json")
-        else:
-            weights = fingerprints.params_hash(self.params)
-        return fingerprints.parts(dtype=str(self.params.embedding.dtype), kernels=self.kernels, weights=weights,
-                                  model=hash_of_config(self.model_config), reproducible="",
-                                  tokenizer=self.tokenizer.fingerprint() if self.tokenizer else "none")
+        """The parts that stay as long as the weights do; computed once for these."""
+        origin, params = self._runner.origin, self.params
+        known, parts = self._named
+        if known is origin:
+            return parts
+        parts = fingerprints.parts(dtype=str(self._dtype), kernels=self.kernels, model=fingerprints.config_hash(self.model_config),
+                                   weights=origin.hash(params, self._cache_dir and self._cache_dir / "weights.json"), reproducible="",
+                                   tokenizer=self.tokenizer.fingerprint() if self.tokenizer else "none")
+        self._named = origin, parts
+        return parts
 
     @property
     def reproducible(self) -> bool:
@@ -210,7 +215,8 @@ class LLM:
 
         A prompt is a text, {"prompt": text}, {"prompt_token_ids": ids}, or a list of these; sampling_params is one for all, one
         for each, or None for the model's own. on_delta is called with each piece of new text as it comes. use_tqdm shows
-        progress on stderr. Raises UsageError before any work if one of the prompts cannot run.
+        progress on stderr. Raises UsageError before any work if one of the prompts cannot run. A request that cannot go on ends with
+        the finish_reason "error" and says why, alone. on_delta may not call generate itself; another thread may meanwhile.
         """
         tokens = in_tokens(prompts, lambda text: self.get_tokenizer().encode(text), self.model_config.vocab_size)
         return self._run(tokens, sampling_params, use_tqdm, on_delta)
@@ -265,10 +271,12 @@ class LLM:
                 yield spaced
 
     def _run(self, prompts, sampling_params, use_tqdm, on_delta) -> list[RequestOutput]:
-        if self.params is None:
-            raise UsageError("this LLM is closed; make a new one")
+        self._engine.ready()
+        if self._calling():
+            raise UsageError("generate or chat was called by the on_delta of a call to the same LLM; return from it first, or call from "
+                             "another thread", "on_delta")
         params = self._params(sampling_params, len(prompts))
-        self._lasting_parts  # hashed before anything runs: what fails there costs no finished answer
+        self._lasting_parts()  # hashed before anything runs: what fails there costs no finished answer
         call = next(self._calls)
         lives: dict[str, _Live] = {}
         for index, ((text, ids), p) in enumerate(zip(prompts, params, strict=True)):
@@ -277,14 +285,17 @@ class LLM:
                 self._engine.check(request)
             lives[request.id] = self._live(request, text)
         order = list(lives.values())
-        for live in order:
-            self._engine.add(live.request)
-        show = _progress(len(order)) if use_tqdm and order else None
+        show = None
         try:
+            with self._engine.lock:  # once they run, nobody changes the weights
+                inbox, parts = self._engine.add(*[live.request for live in order]), self._lasting_parts()
+            if use_tqdm and order:
+                from jaxllm.progress import Progress
+                show = Progress(len(order))
             while lives:
-                for event in self._engine.step():
+                for event in self._engine.events(inbox):
                     live = lives.get(event.request_id)
-                    if live is None:
+                    if live is None:  # it had ended at a stop text
                         continue
                     delta = self._take(live, event)
                     if on_delta is not None:
@@ -297,13 +308,20 @@ class LLM:
                         if show is not None:
                             show.request()
         finally:
-            for request_id in lives:  # interrupted: nothing of this call stays behind
-                self._engine.abort(request_id)
+            self._engine.abort(lives)  # interrupted: nothing of this call stays behind
             if show is not None:
                 show.close()
+        fingerprint, reproducible = fingerprints.fingerprint(self._parts_now(parts)), self.reproducible
         for live in order:
-            live.output.system_fingerprint, live.output.reproducible = self.system_fingerprint, self.reproducible
+            live.output.system_fingerprint, live.output.reproducible = fingerprint, reproducible
         return [live.output for live in order]
+
+    def _calling(self) -> bool:
+        """Whether this thread is inside a call already. Read off its stack, so that no interrupt can leave a wrong answer behind."""
+        frame = inspect.currentframe().f_back.f_back
+        while frame and not (frame.f_code is LLM._run.__code__ and frame.f_locals["self"] is self):
+            frame = frame.f_back
+        return frame is not None
 
     def _params(self, given, count: int) -> list[SamplingParams]:
         if given is None:
@@ -337,7 +355,8 @@ class LLM:
         out, stream = live.output.outputs[event.choice], live.streams[event.choice]
         if out.finished():
             return ""
-        out.token_ids.append(event.token)
+        if event.token is not None:
+            out.token_ids.append(event.token)
         if event.logprobs is not None:
             out.cumulative_logprob += event.logprobs.logprob
             out.logprobs.append(self._logprobs(event.token, event.logprobs))
@@ -351,14 +370,15 @@ class LLM:
         if event.finish_reason is not None:
             by_eos = event.stop_reason in self._eos and not live.request.params.ignore_eos
             out.finish_reason, out.stop_reason = str(event.finish_reason), None if by_eos else event.stop_reason
+            out.error = event.error
         if stream is not None:
-            ended_by_token = event.finish_reason == "stop" and not live.request.params.include_stop_str_in_output
-            delta = stream.push([] if ended_by_token else [event.token], final=event.finish_reason is not None)
+            left_out = event.token is None or event.finish_reason == "stop" and not live.request.params.include_stop_str_in_output
+            delta = stream.push([] if left_out else [event.token], final=event.finish_reason is not None)
             out.text = stream.text
             if stream.stopped_by is not None:
                 if event.finish_reason is None:
                     self._engine.stop(live.request.id, event.choice)
-                out.finish_reason, out.stop_reason = "stop", stream.stopped_by
+                out.finish_reason, out.stop_reason, out.error = "stop", stream.stopped_by, None
         return delta
 
     def _logprobs(self, token: int, lp: TokenLogprobs) -> dict[int, Logprob]:
@@ -374,19 +394,18 @@ class LLM:
     def update_params(self, params, version: str | None = None) -> None:
         """Serves other weights of the same shapes from now on, without a recompile; what was cached of the old ones is forgotten.
 
-        version: what the fingerprint calls them. Without one they are hashed, which reads all of them on the host.
+        version: what the fingerprint calls them. Without one they are hashed, which reads all of them on the host. Arrays of numpy
+        are copied to the device. UsageError while requests run.
         """
+        if self.params is None:
+            raise UsageError("this LLM is closed; make a new one")
         try:
             same = shapes(params) == shapes(self.params)
         except (AttributeError, TypeError) as e:
             raise UsageError(f"params is not a pytree of arrays: {e}", "params") from e
         if not same:
             raise UsageError("params differs in structure, shapes or dtypes from this LLM's; make a new LLM for another model", "params")
-        if self._engine.busy:
-            raise UsageError("requests are running; update the weights between calls", "params")
-        self._runner.params, self._replaced, self._version = params, True, version
-        self.__dict__.pop("_lasting_parts", None)
-        self.reset_prefix_cache()
+        self._engine.update_params(params, fingerprints.Origin(version=version))
 
     def reset_prefix_cache(self) -> None:
         """Later requests compute their prompts afresh."""
@@ -394,23 +413,20 @@ class LLM:
 
     def warmup(self) -> int:
         """Compiles the programs of every step shape; the number of programs there are now."""
-        return self._runner.warmup()
+        return self._engine.warmup()
 
     def close(self) -> None:
-        """Frees the device memory of weights and cache. The LLM cannot be used afterwards; closing twice is fine."""
-        self._runner.close()
+        """Frees the device memory of weights and cache. The LLM cannot be used afterwards; closing twice is fine.
+
+        Calls of other threads end with an EndedError.
+        """
+        self._engine.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
         self.close()
-
-
-def hash_of_config(cfg) -> str:
-    """A short hash of a frozen config: the shape of the model as the engine sees it."""
-    import hashlib
-    return hashlib.blake2b(repr(cfg).encode(), digest_size=8).hexdigest()
 
 
 def _check_options(**options) -> None:
@@ -429,8 +445,3 @@ def _check_options(**options) -> None:
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
         if options[name] is not None and options[name] < 1:
             raise UsageError(f"{name}={options[name]}; it must be at least 1", name)
-
-
-def _progress(requests: int):
-    from jaxllm.progress import Progress
-    return Progress(requests)

@@ -20,8 +20,9 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None = None                # of the drawn tokens; None without logprobs
     logprobs: list[dict[int, Logprob]] | None = None       # for each token: itself and the likeliest
-    finish_reason: str | None = None                       # stop, length, abort; None while it runs
+    finish_reason: str | None = None                       # stop, length, abort, error; None while it runs
     stop_reason: int | str | None = None                   # the stop token or text that ended it
+    error: str | None = None                               # with the finish_reason error: what was wrong, and at which token
     logits_digests: list[str] | None = None                # for each token: 16 hex digits of the logits that it was drawn from
 
     def finished(self) -> bool:

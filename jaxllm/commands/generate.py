@@ -1,6 +1,7 @@
 """`jaxllm generate`: write on from one prompt or many."""
 import dataclasses
 import json
+import math
 import sys
 
 from jaxllm.commands.options import add_model_options, make_llm
@@ -85,7 +86,15 @@ def run_generate(args) -> int:
                 _record(args.record, llm, asked, results)
         finally:  # no answer is lost to a log that cannot be written
             _print(args.format, results, stream)
-    return 0
+    return _report_errors(results)
+
+
+def _report_errors(results) -> int:
+    """The exit status: 1 where a choice ended with an error, which is told on standard error."""
+    errors = [(index, o) for index, result in enumerate(results) for o in result.outputs if o.error is not None]
+    for index, output in errors:
+        print(f"jaxllm: error: prompt {index + 1}, choice {output.index}: {output.error}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 def _print(form: str, results, stream) -> None:
@@ -94,7 +103,7 @@ def _print(form: str, results, stream) -> None:
     elif form == "json":
         escaped = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
         for index, result in enumerate(results):
-            print(json.dumps(as_json(index, result), ensure_ascii=escaped))
+            print(json.dumps(as_json(index, result), ensure_ascii=escaped, allow_nan=False))
     else:
         _print_texts(results)
 
@@ -158,19 +167,26 @@ def _print_texts(results) -> None:
             print(output.text)
 
 
+def _number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
 def as_json(index: int, result) -> dict:
     """A result as the object that --format json prints."""
     def table(row):
-        return None if row is None else {str(t): {"logprob": lp.logprob, "rank": lp.rank, "decoded_token": lp.decoded_token}
+        # JSON has no -inf, which is what a logit of -inf gives
+        return None if row is None else {str(t): {"logprob": _number(lp.logprob), "rank": lp.rank, "decoded_token": lp.decoded_token}
                                          for t, lp in row.items()}
     out = {
         "index": index, "prompt": result.prompt, "prompt_token_ids": result.prompt_token_ids,
         "outputs": [{"index": o.index, "text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason,
                      "stop_reason": o.stop_reason, "logprobs": o.logprobs and [table(row) for row in o.logprobs],
-                     "cumulative_logprob": o.cumulative_logprob} for o in result.outputs],
+                     "cumulative_logprob": _number(o.cumulative_logprob)} for o in result.outputs],
         "seed": result.seed, "system_fingerprint": result.system_fingerprint, "reproducible": result.reproducible,
     }
     for shown, o in zip(out["outputs"], result.outputs):
+        if o.error is not None:
+            shown["error"] = o.error
         if o.logits_digests is not None:
             shown["logits_digests"] = o.logits_digests
     if result.chat_date is not None:

@@ -20,40 +20,42 @@ LONGEST = 150  # tokens before the first subject: more than one split of attenti
 Bits = dict[int, bytes]  # of each subject that a program could hold
 
 
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What is known of the programs of one kind. Replaced whole, so that an exception leaves none that is half shown."""
+
+    built: tuple = ()       # the programs of this process that agree
+    expected: Bits = dataclasses.field(default_factory=dict)
+    alone: object = None    # the one program that was built, and compared with none yet
+
+
 class Proof:
     """What has been shown of the programs of one engine. `kind` is forward, or a draw with its features."""
 
     def __init__(self, facts: Facts, about: list):
         self._facts, self._about = facts, about
-        self._expected: dict[Hashable, Bits] = {}
-        self._built: dict[Hashable, list] = {}  # kind -> the programs of this process that agree
-        self._alone: dict[Hashable, object] = {}  # kind -> the one program that was built, and compared with none yet
+        self._shown: dict[Hashable, Shown] = {}
         self.comparisons = 0
 
     def differing(self, kind: Hashable, program, run: Callable[[object], Bits]) -> list[int]:
         """The subjects of which `program` has other bits than the programs before it; run(program) -> Bits runs one."""
-        built = self._built.setdefault(kind, [])
-        if program in built:
+        shown = self._shown.get(kind, Shown())
+        built = (*shown.built, program)
+        if program in shown.built:
             return []
-        if self._facts.get(self._name(kind, program)) and kind not in self._alone:
-            built.append(program)
+        if self._facts.get(self._name(kind, program)) and shown.alone is None:
+            self._shown[kind] = dataclasses.replace(shown, built=built)
             return []
-        expected = self._expected.setdefault(kind, {})
-        if not expected and built:
-            expected.update(run(built[0]))
+        expected = shown.expected or (run(shown.built[0]) if shown.built else {})
         got = run(program)
         shared = [subject for subject in got if subject in expected]
         wrong = [subject for subject in shared if got[subject] != expected[subject]]
         self.comparisons += len(shared)
         if wrong:
             return wrong
-        expected.update(got)
-        built.append(program)
-        if not shared:
-            self._alone[kind] = program
-            return []
-        for shown in (program, self._alone.pop(kind, program)):
-            self._facts.put(self._name(kind, shown), True)
+        self._shown[kind] = Shown(built, expected | got, None if shared else program)
+        for agreeing in {program, shown.alone} - {None} if shared else ():
+            self._facts.put(self._name(kind, agreeing), True)
         return []
 
     def _name(self, kind, program) -> list:

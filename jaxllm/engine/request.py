@@ -15,6 +15,14 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class Fault(enum.IntEnum):
+    """Why no token can be drawn from a row of logits; 0: one can."""
+
+    LOGITS = 1    # NaN, infinity, or -inf everywhere, as the model gave them
+    EMPTY = 2     # masks and bans leave no token
+    OVERFLOW = 3  # finite as the model gave them, and not after the request's penalties and temperature
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What a caller asked for, in token ids."""
@@ -84,3 +92,4 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None        # with the first token, positions 1.. of the prompt
     cached_tokens: int = 0
     logits_digest: str | None = None                                # of the whole row that the token was drawn from
+    error: str | None = None                                        # with the finish reason ERROR, which has no token

@@ -22,6 +22,7 @@ from jaxllm.engine import sampler
 from jaxllm.engine.batch import Batch
 from jaxllm.engine.sampler import Drawn, Features
 from jaxllm.engine.scheduler import Plan
+from jaxllm.errors import UsageError
 from jaxllm.machine import Facts
 from jaxllm.models import decoder
 from pallas_kernels import probe
@@ -107,6 +108,15 @@ def _pages(shape: tuple[int, ...], dtype, scratch: int, salt: int) -> jax.Array:
     return jnp.zeros(shape, dtype).at[-scratch:].set(numbers.reshape(scratch, *shape[1:]).astype(dtype))
 
 
+def check_held(params) -> None:
+    """Raises UsageError for an array that holds no numbers: traced, or deleted by a jitted function that reused its memory."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        traced = isinstance(leaf, jax.core.Tracer)
+        if traced or isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise UsageError(f"the weights' {jax.tree_util.keystr(path)} is {'traced by jax' if traced else 'deleted: it was donated to a jitted function'}; "
+                             "give update_params arrays that hold the weights", "params")
+
+
 @dataclasses.dataclass
 class Step:
     """A step on its way: device arrays that are not read yet."""
@@ -122,20 +132,34 @@ class Step:
 class Runner:
     """Holds weights and cache on the device and runs steps in order. Not thread-safe: one engine owns it.
 
-    `unproven` names what the start-up proof found to depend on the batch and could not mend; nothing is proven with facts None.
+    `origin` is what its maker calls the weights; it changes in one assignment with them. `unproven` names what the start-up proof found to depend on the batch and could not mend; nothing is proven with facts None.
     """
 
     def __init__(self, cfg: ModelConfig, params, config: EngineConfig, kernels: Kernels, compile_cache_dir: Path | None = None,
-                 facts: Facts | None = None):
-        self.cfg, self.params, self.config, self.kernels = cfg, params, config, kernels
+                 facts: Facts | None = None, origin=None):
+        self.cfg, self.config, self.kernels = cfg, config, kernels
+        self.take(params, origin)
         self._cache_dir, self._compiled = compile_cache_dir, set()
         self._dtype = params.embedding.dtype
-        self.cache = self._empty_cache()
-        self.last_token = jnp.zeros(config.max_num_seqs, jnp.int32)
-        self._programs = {None: programs(cfg, kernels)}  # of some steps others, where the proof asked for safer forms
+        self.renew()
+        self._programs = programs(cfg, kernels)
+        self._safer: dict[tuple[int, bool], Programs] = {}  # of steps for which the proof asked for safer forms
         about = [repr(cfg), repr(dataclasses.replace(config, seed=0)), str(self._dtype), kernels.name, repr(kernels.forms)]
         self.proof = facts and proofs.Proof(facts, about)
         self.unproven: list[str] = []
+
+    def take(self, params, origin) -> None:
+        """Serves these weights from now on. Arrays of the host are copied to the device; UsageError for what is none, or is no more."""
+        check_held(params)
+        if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):  # copied: the caller may write in theirs
+            params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf), params)
+        self.params, self.origin = params, origin
+
+    def renew(self) -> None:
+        """Empty pages and no last tokens: where a step failed, the ones before may be deleted, or wait for what will not come."""
+        self.cache = self.last_token = None  # gone before there are new ones, so that these find room
+        self.cache = self._empty_cache()
+        self.last_token = jnp.zeros(self.config.max_num_seqs, jnp.int32)
 
     def _empty_cache(self):
         """Pages that hold nothing, and the scratch pages of the proof."""
@@ -170,13 +194,13 @@ class Runner:
 
     def _run_draw(self, logits, inputs, features: Features) -> Drawn:
         with self._configured("draw", logits.shape, features):
-            drawn, self.last_token = self._programs[None].draw(logits, self.last_token, inputs, features=features)
+            drawn, self.last_token = self._programs.draw(logits, self.last_token, inputs, features=features)
             return drawn
 
     # -- the start-up proof ------------------------------------------------------------------------------------------
 
     def _programs_of(self, rows: int, decode: bool) -> Programs:
-        return self._programs.get((rows, decode), self._programs[None])
+        return self._safer.get((rows, decode), self._programs)
 
     def _prove_forward(self, rows: int, decode: bool) -> None:
         """The program of a step has the bits of those before it: by the next safer forms if need be, or `unproven` says so."""
@@ -191,8 +215,8 @@ class Runner:
             if safer is None:
                 return self._not_proven(f"{'decode' if decode else 'prefill'} steps of {rows} tokens", kernels, rows)
             kernels = safer
-            self._programs[rows, decode] = programs(self.cfg, kernels)
             self._compiled.discard(("forward", rows, decode))
+            self._safer[rows, decode] = programs(self.cfg, kernels)
             log.info("the start-up proof takes safer forms for %d rows", rows)
 
     def _prove_draw(self, rows: int, features: Features) -> None:
@@ -229,7 +253,7 @@ class Runner:
                     rows, ids = np.full(SCORE_ROWS, at, np.int32), np.zeros(SCORE_ROWS, np.int32)
                     rows[:len(part)] = at + first + np.arange(len(part))
                     ids[:len(part)] = part
-                    drawn = self._programs[None].score(self.params, step.hidden, rows, ids, top=top)
+                    drawn = self._programs.score(self.params, step.hidden, rows, ids, top=top)
                     step.scored.append((i, work.start + first, len(part), drawn))
             at += work.count
 
@@ -256,9 +280,10 @@ class Runner:
 
     def compiled_programs(self) -> dict[str, int]:
         """How many programs each of the three has been compiled to."""
-        return {field.name: sum(getattr(p, field.name)._cache_size() for p in self._programs.values())
+        return {field.name: sum(getattr(p, field.name)._cache_size() for p in (self._programs, *self._safer.values()))
                 for field in dataclasses.fields(Programs)}
 
     def close(self) -> None:
-        """Gives the device memory of cache and weights back."""
+        """Gives the device memory of cache, weights and programs back."""
         self.params = self.cache = self.last_token = None
+        self._programs, self._safer = programs(self.cfg, self.kernels), {}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.engine import keys
+from jaxllm.engine.request import Fault
 from pallas_kernels.dispatch import Kernels
 
 BANNED = -jnp.inf
@@ -62,6 +63,7 @@ class Drawn:
     top_ids: jax.Array | None      # [S, top_logprobs] int32
     top_logprobs: jax.Array | None  # [S, top_logprobs] float32
     digests: jax.Array | None = None  # [S, 2] uint32, of the rows of logits
+    faults: jax.Array | None = None   # [S] int8, a Fault: the token is worthless; 0: it is drawn
 
 
 def sample(logits: jax.Array, last_token: jax.Array, inputs: SamplingInputs, *, features: Features,
@@ -73,16 +75,32 @@ def sample(logits: jax.Array, last_token: jax.Array, inputs: SamplingInputs, *, 
     if features.edits:
         edited = apply_edits(edited, inputs)
     token = edited.argmax(-1).astype(jnp.int32)
+    divisor = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)[:, None]
+    faults = find_faults(logits, edited, token, divisor)
     if features.random:
-        scaled = edited / jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)[:, None]
+        scaled = edited / divisor
         if features.truncated:
             scaled = truncate(scaled, inputs.top_k, inputs.top_p, inputs.min_p, kernels)
         noise = keys.gumbel(keys.draw_keys(inputs.seeds, inputs.choices, inputs.positions), logits.shape[-1])
         token = jnp.where(inputs.temperature > 0, (scaled + noise).argmax(-1).astype(jnp.int32), token)
-    drawn = report(logits, token, features.top_logprobs, kernels)
+    drawn = dataclasses.replace(report(logits, token, features.top_logprobs, kernels), faults=faults)
     if features.digests:
         drawn = dataclasses.replace(drawn, digests=row_digests(logits))
     return drawn, last_token.at[inputs.slots].set(token, mode="drop")
+
+
+def find_faults(logits: jax.Array, edited: jax.Array, likeliest: jax.Array, divisor: jax.Array) -> jax.Array:
+    """int8 [S]: the Fault of each row of logits [S, V], or 0. It is drawn from edited [S, V] over divisor [S, 1]; likeliest [S] is
+    edited's argmax.
+
+    An argmax takes the first NaN before all else, so that the one logit it found tells of the whole row.
+    """
+    best = jnp.take_along_axis(edited, likeliest[:, None], 1)
+    # What a mask hides is a fault all the same. On a CPU the largest of a row passes over NaN. The barrier: see pallas_kernels/reference.py
+    number = lambda x: jnp.where(jnp.isnan(x), jnp.inf, x)
+    top = best if edited is logits else lax.optimization_barrier(number(logits).max(-1, keepdims=True))
+    edits = jnp.where(best == BANNED, Fault.EMPTY, jnp.where(jnp.isfinite(best / divisor), 0, Fault.OVERFLOW))
+    return jnp.where(jnp.isfinite(top), edits, Fault.LOGITS)[:, 0].astype(jnp.int8)
 
 
 def report(logits: jax.Array, tokens: jax.Array, top: int | None, kernels: Kernels) -> Drawn:

@@ -168,7 +168,10 @@ class Scheduler:
             return
         sequence.finish_reason = reason
         if sequence.slot is not None:
-            self._remember(sequence)
+            if reason is FinishReason.ERROR:  # a NaN may reach back to earlier tokens of its step: nobody is to find them
+                self.pool.forget(sequence.pages)
+            else:
+                self._remember(sequence)
             self._leave(sequence)
         else:
             self.waiting.remove(sequence)

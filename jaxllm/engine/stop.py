@@ -1,5 +1,5 @@
-"""When a sequence of tokens ends. Stop texts are found by whoever turns tokens into text. No jax here."""
-from jaxllm.engine.request import FinishReason, Sequence
+"""When a sequence of tokens ends, and why it cannot go on. Stop texts are found by whoever turns tokens into text. No jax here."""
+from jaxllm.engine.request import Fault, FinishReason, Sequence
 
 
 def finish_reason(sequence: Sequence, token: int) -> tuple[FinishReason, int | None] | None:
@@ -21,3 +21,17 @@ def banned_next(sequence: Sequence) -> set[int]:
         if not start or output[-len(start):] == start:
             banned.add(last)
     return banned
+
+
+def fault_message(sequence: Sequence, fault: int, position: int | None = None) -> str:
+    """What a request is told whose next token cannot be drawn; `position` of the prompt instead, where that was scored."""
+    p = sequence.request.params
+    where = f"at token {sequence.output_count} of the output" if position is None else f"at token {position} of the prompt"
+    if fault == Fault.LOGITS:
+        return f"{where} the model's logits are not finite; look for NaN and infinity in its weights, or choose a dtype of wider range"
+    if fault == Fault.OVERFLOW:
+        return (f"{where} the model's logits are finite, and with repetition_penalty={p.repetition_penalty} and "
+                f"temperature={p.temperature} no longer; choose values nearer to 1")
+    given = {"allowed_token_ids": p.allowed_token_ids is not None, "bad_words": bool(p.bad_words),
+             "min_tokens": sequence.output_count < p.min_tokens}
+    return f"{where} no token is left to draw: {' with '.join(name for name, is_given in given.items() if is_given)} leaves none; allow more"
