@@ -9,26 +9,27 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import jax
 
 from jaxllm import fingerprint as fingerprints
 from jaxllm import machine
+from jaxllm.answers import Answer
 from jaxllm.config import EngineConfig
 from jaxllm.engine.cache import cache_bytes, plan_cache
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.request import Request, TokenEvent, TokenLogprobs, derived_seed
+from jaxllm.engine.request import Request, derived_seed
 from jaxllm.engine.runner import Runner, compilation_cache, own_configuration
 from jaxllm.errors import UnsupportedError, UsageError, about
 from jaxllm.fields import known_ids
 from jaxllm.loading import load_model, own_sampling, shapes
 from jaxllm.models.decoder import product_shapes
-from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxllm.outputs import RequestOutput
 from jaxllm.prompts import in_tokens
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.text.chat import read_date
-from jaxllm.text.stream import TextStream
 from jaxllm.text.tokenizer import load_tokenizer
 from pallas_kernels import dispatch
 from pallas_kernels.reference import ASSUMED
@@ -39,15 +40,6 @@ Prompt = str | dict | Sequence[int]
 OnDelta = Callable[[RequestOutput, int, str], None]  # (the request so far, choice, new text)
 
 DEFAULTS = {"cpu": {"max_num_seqs": 64, "max_num_batched_tokens": 512}, "gpu": {"max_num_seqs": 256, "max_num_batched_tokens": 8192}}
-
-
-@dataclasses.dataclass
-class _Live:
-    """A request on its way: its output as the caller will see it, and the text of each choice."""
-
-    request: Request
-    output: RequestOutput
-    streams: list[TextStream | None]
 
 
 class LLM:
@@ -278,12 +270,12 @@ class LLM:
         params = self._params(sampling_params, len(prompts))
         self._lasting_parts()  # hashed before anything runs: what fails there costs no finished answer
         call = next(self._calls)
-        lives: dict[str, _Live] = {}
+        lives: dict[str, Answer] = {}
         for index, ((text, ids), p) in enumerate(zip(prompts, params, strict=True)):
             with about(f"prompts[{index}]" if len(prompts) > 1 else None, index):
                 request = self._request(f"{call}-{index}", str(index), ids, p)
                 self._engine.check(request)
-            lives[request.id] = self._live(request, text)
+            lives[request.id] = Answer(request, text, self.tokenizer, self._eos)
         order = list(lives.values())
         show = None
         try:
@@ -297,7 +289,9 @@ class LLM:
                     live = lives.get(event.request_id)
                     if live is None:  # it had ended at a stop text
                         continue
-                    delta = self._take(live, event)
+                    delta = live.take(event)
+                    if event.finish_reason is None and live.output.outputs[event.choice].finished():
+                        self._engine.stop(event.request_id, event.choice)
                     if on_delta is not None:
                         on_delta(live.output, event.choice, delta)
                     if show is not None:
@@ -337,57 +331,6 @@ class LLM:
             with about(f"sampling_params[{index}]", index):
                 out.append(each.clone())
         return out
-
-    def _live(self, request: Request, text: str | None) -> _Live:
-        p = request.params
-        outputs = [CompletionOutput(i, "", [], 0.0 if p.logprobs is not None else None, [] if p.logprobs is not None else None,
-                                    logits_digests=[] if p.logits_digest else None)
-                   for i in range(p.n)]
-        streams = [TextStream(self.tokenizer, request.prompt, stop=p.stop, include_stop_str_in_output=p.include_stop_str_in_output,
-                              skip_special_tokens=p.skip_special_tokens,
-                              spaces_between_special_tokens=p.spaces_between_special_tokens, min_tokens=p.min_tokens)
-                   if p.detokenize else None
-                   for _ in range(p.n)]
-        return _Live(request, RequestOutput(request.id, text, list(request.prompt), outputs, False, request.seed), streams)
-
-    def _take(self, live: _Live, event: TokenEvent) -> str:
-        """Folds an event into the request's output; the new text."""
-        out, stream = live.output.outputs[event.choice], live.streams[event.choice]
-        if out.finished():
-            return ""
-        if event.token is not None:
-            out.token_ids.append(event.token)
-        if event.logprobs is not None:
-            out.cumulative_logprob += event.logprobs.logprob
-            out.logprobs.append(self._logprobs(event.token, event.logprobs))
-        if event.logits_digest is not None:
-            out.logits_digests.append(event.logits_digest)
-        if event.prompt_logprobs is not None:
-            live.output.prompt_logprobs = [None] + [
-                self._logprobs(token, lp) for token, lp in zip(live.request.prompt[1:], event.prompt_logprobs, strict=True)]
-        live.output.num_cached_tokens = max(live.output.num_cached_tokens, event.cached_tokens)
-        delta = ""
-        if event.finish_reason is not None:
-            by_eos = event.stop_reason in self._eos and not live.request.params.ignore_eos
-            out.finish_reason, out.stop_reason = str(event.finish_reason), None if by_eos else event.stop_reason
-            out.error = event.error
-        if stream is not None:
-            left_out = event.token is None or event.finish_reason == "stop" and not live.request.params.include_stop_str_in_output
-            delta = stream.push([] if left_out else [event.token], final=event.finish_reason is not None)
-            out.text = stream.text
-            if stream.stopped_by is not None:
-                if event.finish_reason is None:
-                    self._engine.stop(live.request.id, event.choice)
-                out.finish_reason, out.stop_reason, out.error = "stop", stream.stopped_by, None
-        return delta
-
-    def _logprobs(self, token: int, lp: TokenLogprobs) -> dict[int, Logprob]:
-        text = self.tokenizer.token_text if self.tokenizer is not None else lambda _: None
-        table = {token: Logprob(lp.logprob, lp.rank, text(token))}
-        for rank, (other, logprob) in enumerate(lp.top, 1):
-            if other != token:
-                table[other] = Logprob(logprob, rank, text(other))
-        return table
 
     # -- housekeeping -----------------------------------------------------------------------------------------------
 
