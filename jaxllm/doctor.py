@@ -92,14 +92,14 @@ def _plain_agrees(llm, requests, answers) -> bool | None:
 def _in_new_process(model, dtype, load_format, cache_dir) -> list:
     code = ("import json, sys; from jaxllm import doctor; "
             "print(json.dumps(doctor.answers(*json.loads(sys.argv[1]))))")
-    arguments = json.dumps([model, dtype, load_format, None if cache_dir is None else str(cache_dir)])
+    arguments = json.dumps([model, dtype, load_format, None if cache_dir is None else str(cache_dir), LIMITS])
     done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else [done.stderr[-500:]]
 
 
-def answers(model: str, dtype: str, load_format: str, cache_dir) -> list:
+def answers(model: str, dtype: str, load_format: str, cache_dir, limits: dict) -> list:
     """The bits of the requests, together: what another process must give."""
-    with LLM(model, dtype=dtype, load_format=load_format, compile_cache_dir=cache_dir, skip_tokenizer_init=True, **LIMITS) as llm:
+    with LLM(model, dtype=dtype, load_format=load_format, compile_cache_dir=cache_dir, skip_tokenizer_init=True, **limits) as llm:
         requests = _requests(llm.model_config.vocab_size)
         return _answers(llm, requests, len(requests))
 
