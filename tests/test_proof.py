@@ -1,6 +1,5 @@
 """The start-up proof at the front door: what a machine does not keep is mended, or said everywhere and refused when asked to be strict."""
 import jax
-import jax.numpy as jnp
 import pytest
 
 from jaxllm import LLM, SamplingParams, machine

@@ -42,7 +42,6 @@ def add_parser(commands, common) -> None:
 def run_generate(args) -> int:
     """`jaxllm generate`."""
     from jaxllm.prompts import read_arguments, read_prompts, sampling_of
-    from jaxllm.sampling_params import SamplingParams
     from jaxllm.text.chat import read_date
     if args.prompts_file and args.prompts:
         raise UsageError("both PROMPT and --prompts-file are given; give one of them")
